@@ -1,0 +1,49 @@
+# PYTHON, TORCH_INDEX and VENV are explained in tools/bootstrap.sh; pip's own variables (PIP_INDEX_URL, ...) work as usual.
+.DEFAULT_GOAL := help
+.PHONY: help venv corpus quickstart test test-slow test-newest lint format lock clean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+SHELL_SCRIPTS = .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh)
+export VENV
+export OMP_NUM_THREADS ?= 1
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
+
+venv:  ## .venv with the locked dependencies and this package; instant when up to date
+	@tools/bootstrap.sh
+
+corpus: venv  ## the demo corpus (built once, then reused)
+	@$(BIN)/mm1 data demo
+
+quickstart: venv  ## corpus, training of mm1-tiny on 2 processes, captions of held-out images: 10 minutes on 2 cores
+	@PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh
+
+test: corpus  ## every test that needs no GPU and is not slow
+	$(BIN)/pytest -q -m "not slow and not gpu"
+
+test-slow: corpus  ## the tests that take minutes
+	$(BIN)/pytest -q -m "slow and not gpu" --timeout 1800
+
+test-newest:  ## the same tests with the newest torch, in .venv-newest
+	@VENV=.venv-newest tools/bootstrap.sh --newest-torch
+	.venv-newest/bin/mm1 data demo
+	.venv-newest/bin/pytest -q -m "not slow and not gpu"
+
+lint: venv  ## ruff, mypy, shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megatron_mm1
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+format: venv  ## ruff's fixes and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: venv  ## resolve requirements.lock anew (PIP_CONSTRAINT=requirements.lock keeps what is locked)
+	$(BIN)/python tools/lock.py
+
+clean:  ## remove the environments, caches and build outputs; the demo corpus and runs/ stay
+	rm -rf .venv .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
