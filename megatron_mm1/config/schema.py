@@ -1,0 +1,226 @@
+"""The configuration as frozen dataclasses.
+
+Field names are Megatron's where Megatron has one. Defaults are MM1's; a tag says how sure: [P] a published source
+quotes the paper, [M] widely reported, [C] our choice where the paper is silent (docs/facts.md). A field exists only if
+something reads it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The image encoder tower. Defaults: ViT-H/14 at 378 px [P], as the public apple/DFN5B-CLIP-ViT-H-14-378 has it."""
+
+    tower: str = "vit"
+    """Built-in name or class path of the tower."""
+    image_size: int = 378
+    """Side of the square image, px."""
+    patch_size: int = 14
+    """Side of a patch, px; `image_size` is a multiple of it."""
+    num_layers: int = 32
+    hidden_size: int = 1280
+    ffn_hidden_size: int = 5120
+    num_attention_heads: int = 16
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = "quick_gelu"
+    layernorm_epsilon: float = 1e-5
+    class_token: bool = True
+    """A learned class token in front of the patches (CLIP); False for SigLIP."""
+    pre_layernorm: bool = True
+    """A layer norm between the embeddings and the first block (CLIP); False for SigLIP."""
+    patch_bias: bool = False
+    """A bias in the patch convolution (SigLIP)."""
+    feature_layer: int = -1
+    """Whose output is the image feature: -1 the last block, -2 the one before (LLaVA); later blocks are not built."""
+    final_layernorm: bool = True
+    """Apply the tower's last layer norm to the features; LLaVA does not."""
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    """Vision-language connector. Default: C-Abstractor with 144 tokens per image, MM1's final choice [P]."""
+
+    connector: str = "c_abstractor"
+    """Built-in name (average_pool, attention_pool, c_abstractor, mlp) or class path."""
+    tokens_per_image: int = 144
+    """Tokens an image takes in the decoder's sequence; for `mlp` it is the number of patches."""
+    hidden_size: int = 1024
+    """Width of the C-Abstractor's blocks (Honeybee) and of attention pooling's queries [C]."""
+    num_layers: int = 3
+    """Blocks per stage of the C-Abstractor (Honeybee)."""
+    num_attention_heads: int = 16
+    """Heads of attention pooling [C]."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for a connector of the user's own; the built-in ones take none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The decoder-only language model: pre-norm RMSNorm, SwiGLU, RoPE, no biases, untied output [C]."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None = None
+    """Key/value heads (GQA); None: one per attention head."""
+    kv_channels: int | None = None
+    """Head dim; None: hidden_size / num_attention_heads."""
+    vocab_size: int = 32000
+    """The tokenizer's size at most; padded for tensor parallelism [C]."""
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-5
+    qk_layernorm: bool = False
+    add_qkv_bias: bool = False
+    untie_embeddings_and_output_weights: bool = True
+    init_method_std: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Experts in place of the decoder's feed-forward layers [P]."""
+
+    num_moe_experts: int
+    moe_layer_freq: int
+    """Block i has experts where (i + 1) % moe_layer_freq == 0 (Hugging Face's decoder_sparse_step)."""
+    moe_ffn_hidden_size: int | None = None
+    """An expert's width; None: the decoder's ffn_hidden_size."""
+    moe_router_topk: int = 2
+    moe_aux_loss_coeff: float = 0.01
+    moe_z_loss_coeff: float = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    decoder: DecoderConfig
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    moe: MoEConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is laid out over processes; the data-parallel size is what is left of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    decoder_first_pipeline_num_layers: int | None = None
+    """Decoder blocks beside the tower on the first stage; None: balanced by FLOPs."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    distributed_timeout_minutes: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One prepared data set (the folder `mm1 data prepare` wrote)."""
+
+    name: str
+    path: str
+    weight: float = 1.0
+    """Share of sequences packed from this source, relative to the other weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    tokenizer: str = ""
+    """SentencePiece model file."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Training mixture; a sequence is packed from one source. MM1: 45 % captions, 45 % interleaved, 10 % text [P]."""
+    validation: tuple[SourceConfig, ...] = ()
+    """Held-out sets; each is reported on its own, so weights are ignored here."""
+    seq_length: int = 4096
+    """Positions per sequence [P]."""
+    max_images_per_sequence: int = 16
+    """[P]"""
+    packing_lookahead: int = 64
+    """Sequences kept open while packing best-fit."""
+    text_only: bool = False
+    """Drop every image and its slots: the same model trained blind."""
+    num_workers: int = 2
+    """Loader processes per rank; 0 decodes in a thread of the training process."""
+    seed: int = 1234
+    """Seed of order and packing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW in PyTorch's form: weight_decay is multiplied by the learning rate (the paper's lambda = 0.1 lr [P/M])."""
+
+    lr: float
+    """Peak learning rate of the decoder, and of each component without one of its own."""
+    vision_lr: float | None = None
+    connector_lr: float | None = None
+    min_lr_ratio: float = 0.1
+    """The cosine ends at this share of each peak [P]."""
+    lr_warmup_iters: int = 2000
+    """Linear warm-up from 0 [P]."""
+    lr_decay_iters: int | None = None
+    """Length of the cosine, warm-up included; None: train_iters."""
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Global gradient norm limit [M]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    micro_batch_size: int = 1
+    """Sequences per rank and microbatch."""
+    global_batch_size: int = 512
+    """Sequences per step [P]."""
+    train_iters: int = 200_000
+    """Steps [P]."""
+    eval_interval: int = 1000
+    """Steps between validations, which also run before the first step and after the last; 0: never."""
+    eval_iters: int = 8
+    """Microbatches per source in one validation."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    layer_backend: Literal["auto", "transformer_engine", "local"] = "auto"
+    """auto: Transformer Engine where it works, else local."""
+    seed: int = 1234
+    """Seed of the initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    save_interval: int = 1000
+    """Steps between checkpoints; one is also written after the last step. 0: only then."""
+    load: str | None = None
+    """A checkpoint, or a folder of them, to start from; None: the newest of this run, if any."""
+    finetune: bool = False
+    """Take only the weights of `load`: a new optimizer, schedule and data order, starting at step 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    log_interval: int = 10
+    """Steps between console lines."""
+    tensorboard: bool = True
+    progress_bar: bool | None = None
+    """None: where standard error is a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MM1Config:
+    """Everything a training run is made of."""
+
+    name: str
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run_dir: str = "runs/mm1"
+    """Checkpoints, logs and the resolved configuration go here."""

@@ -1,0 +1,204 @@
+"""The `mm1` command: what each subcommand calls, and what a user's mistake looks like from outside."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_mm1.cli import main
+from megatron_mm1.config.presets import preset
+from megatron_mm1.errors import ConfigError, UserError
+
+
+class Calls(list):
+    """What a stand-in for a subcommand's implementation was called with."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, int]:
+        self.append((args, kwargs))
+        return {"documents": 3}
+
+    @property
+    def only(self) -> tuple[tuple, dict]:
+        (call,) = self
+        return call
+
+    @property
+    def namespace(self) -> dict[str, Any]:
+        (args,) = self.only[0]
+        assert isinstance(args, argparse.Namespace)
+        return {name: value for name, value in vars(args).items() if name != "command"}
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> Calls:
+    calls = Calls()
+    double = ModuleType(module)
+    setattr(double, function, calls)
+    monkeypatch.setitem(sys.modules, module, double)
+    return calls
+
+
+def raise_(error: BaseException) -> Any:
+    def function(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    return function
+
+
+def test_train_hands_over_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.training.trainer", "train")
+    assert main(["train", "--preset", "mm1-tiny"]) == 0
+    assert calls.only == ((preset("mm1-tiny"),), {})
+
+
+def test_data_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.data.demo", "build_demo_corpus")
+    assert main(["data", "demo", "--output", "here", "--seed", "3"]) == 0
+    assert calls.only == ((Path("here"),), {"seed": 3})
+
+
+def test_data_prepare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.data.prepare", "prepare_main")
+    options = ["--reader", "own.Reader", "--input", "in", "--tokenizer", "t.model", "--output", "out"]
+    assert main(["data", "prepare", *options]) == 0
+    paths = {"input": Path("in"), "tokenizer": Path("t.model"), "output": Path("out")}
+    assert calls.namespace == {"reader": "own.Reader", **paths}
+    assert capsys.readouterr().out == "documents: 3\n"
+
+
+@pytest.mark.parametrize("option", ["--tensor-model-parallel-size", "--tensor_model_parallel_size"])
+def test_eval(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.evaluation.runner", "evaluate_main")
+    options = ["--checkpoint", "c", "--task", "a", "--task", "own.Task", "--output", "o", "--limit", "9"]
+    assert main(["eval", *options, option, "2"]) == 0
+    assert calls.namespace == {
+        "checkpoint": Path("c"),
+        "task": ["a", "own.Task"],
+        "output": Path("o"),
+        "limit": 9,
+        "tensor_model_parallel_size": 2,
+    }
+
+
+def test_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.inference.caption", "caption_main")
+    options = ["--image", "a.png", "b.png", "--image", "d.png", "--max_new_tokens", "5"]
+    assert main(["caption", "--checkpoint", "c", *options]) == 0
+    images = [Path("a.png"), Path("b.png"), Path("d.png")]
+    assert calls.namespace == {"checkpoint": Path("c"), "image": images, "max_new_tokens": 5}
+
+
+def test_config_presets_lists_the_papers_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "presets"]) == 0
+    assert "mm1-30b" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert "megatron-core 0.19" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "report"),
+    [
+        (UserError("no corpus at here: run mm1 data demo"), "mm1: error: no corpus at here: run mm1 data demo\n"),
+        (ConfigError(["only one"]), "mm1: error: only one\n"),
+        (ConfigError(["one", "two"]), "mm1: error: 2 problems in the configuration:\n  - one\n  - two\n"),
+    ],
+)
+def test_user_error_is_reported_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: UserError, report: str
+) -> None:
+    stand_in(monkeypatch, "megatron_mm1.training.trainer", "train")
+    monkeypatch.setattr(sys.modules["megatron_mm1.training.trainer"], "train", raise_(error))
+    assert main(["train", "--preset", "mm1-tiny"]) == 2
+    assert capsys.readouterr() == ("", report)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reports"),
+    [
+        ({}, True),
+        ({"RANK": "0", "SLURM_PROCID": "1"}, True),
+        ({"RANK": "1"}, False),
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "3"}, False),
+    ],
+)
+def test_one_rank_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: dict[str, str], reports: bool
+) -> None:
+    monkeypatch.setattr("megatron_mm1.cli.GRACE_SECONDS", 0)
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--preset", "mm1-tin"]) == 2
+    assert ("did you mean 'mm1-tiny'" in capsys.readouterr().err) is reports
+
+
+def test_an_error_of_one_rank_alone_is_reported_after_a_grace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits = Calls()
+    monkeypatch.setattr("megatron_mm1.cli.time.sleep", waits)
+    monkeypatch.setenv("RANK", "3")
+    stand_in(monkeypatch, "megatron_mm1.training.trainer", "train")
+    monkeypatch.setattr(sys.modules["megatron_mm1.training.trainer"], "train", raise_(UserError("no corpus")))
+    assert main(["train", "--preset", "mm1-tiny"]) == 2
+    assert waits.only == ((10,), {})
+    assert capsys.readouterr().err == "mm1: error on rank 3: no corpus\n"
+
+
+def test_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in(monkeypatch, "megatron_mm1.training.trainer", "train")
+    monkeypatch.setattr(sys.modules["megatron_mm1.training.trainer"], "train", raise_(KeyboardInterrupt()))
+    assert main(["train", "--preset", "mm1-tiny"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "megatron_mm1.training.trainer", "train")
+    monkeypatch.setattr(sys.modules["megatron_mm1.training.trainer"], "train", raise_(RuntimeError("defect")))
+    with pytest.raises(RuntimeError, match="defect"):
+        main(["train", "--preset", "mm1-tiny"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "required"),
+        ("trian", "invalid choice"),
+        ("eval --checkpoint c --output o", "--task"),
+        ("eval --checkpoint c --output o --task a --limit 0", "'0' is not a positive whole number"),
+        ("eval --checkpoint c --output o --task a --shots 4", "unrecognized arguments: --shots 4"),
+        ("caption --checkpoint c", "--image"),
+    ],
+)
+def test_misuse_exits_with_2(capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments.split())
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_python_m() -> None:
+    result = run(sys.executable, "-m", "megatron_mm1", "train", "--preset", "mm1-tiny", "--print_config")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("name: mm1-tiny\n")
+    assert run(sys.executable, "-m", "megatron_mm1", "train", "--presett", "x").returncode == 2
+
+
+def test_torchrun_m_reports_an_error_once() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = run(*torchrun, "-m", "megatron_mm1", "train", "--preset", "mm1-tin")
+    assert result.returncode != 0
+    assert result.stderr.count("mm1: error: unknown preset 'mm1-tin'") == 1
+    assert "exitcode  : 2" in result.stderr  # rank 0's: it was not cut off by the others

@@ -1,0 +1,294 @@
+"""Each rule of validation: the change that breaks it, and the message with the numbers and the fix."""
+
+import pytest
+
+from megatron_mm1.config.keys import all_keys, is_nullable, value_at
+from megatron_mm1.config.loading import load_config
+from megatron_mm1.config.presets import preset
+from megatron_mm1.config.validation import MINIMUM, validate
+from megatron_mm1.errors import ConfigError
+
+TP = "--tensor_model_parallel_size"
+PP = "--pipeline_model_parallel_size"
+EP = "--expert_model_parallel_size"
+SP = "--sequence_parallel"
+FIRST = "--decoder_first_pipeline_num_layers"
+HEADS = "--model.decoder.num_attention_heads"
+
+
+def problems(base: str, arguments: str, world_size: int) -> tuple[str, ...]:
+    config = load_config(["--preset", base, *arguments.split()])
+    try:
+        validate(config, world_size=world_size)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+BROKEN = [
+    # preset, world size, overrides, the one problem (or its beginning)
+    (
+        "mm1-7b",
+        8,
+        f"{HEADS} 20 --kv_channels 128 {TP} 8",
+        "num_attention_heads 20 is not divisible by tensor_model_parallel_size 8: use 1, 2, 4, 5, 10 or 20",
+    ),
+    (
+        "mm1-7b",
+        8,
+        f"--num_query_groups 4 {TP} 8",
+        "num_query_groups 4 is not divisible by tensor_model_parallel_size 8: use 1, 2 or 4",
+    ),
+    (
+        "mm1-7b",
+        8,
+        "--num_query_groups 5",
+        "num_attention_heads 32 is not divisible by num_query_groups 5: use 1, 2, 4,",
+    ),
+    (
+        "mm1-7b",
+        8,
+        f"--model.decoder.ffn_hidden_size 44 {TP} 8",
+        "ffn_hidden_size 44 is not divisible by tensor_model_parallel_size 8: use 1, 2, 4, 11, 22 or 44",
+    ),
+    ("mm1-7b", 8, f"{HEADS} 33", "decoder.hidden_size 4096 is not divisible by num_attention_heads 33"),
+    ("mm1-7b", 8, "--kv_channels 127", "the decoder's head dim 127 is odd"),
+    (
+        "mm1-7b",
+        8,
+        f"--model.vision.num_attention_heads 4 {TP} 8",
+        "vision.num_attention_heads 4 is not divisible by tensor_model_parallel_size 8: use 1, 2 or 4",
+    ),
+    (
+        "mm1-7b",
+        8,
+        f"--model.vision.ffn_hidden_size 12 {TP} 8",
+        "vision.ffn_hidden_size 12 is not divisible by tensor_model_parallel_size 8: use 1, 2, 3, 4, 6 or 12",
+    ),
+    ("mm1-7b", 8, "--model.vision.num_attention_heads 7", "vision.hidden_size 1280 is not divisible by vision.num_att"),
+    (
+        "mm1-7b",
+        8,
+        "--image_size 380",
+        "vision.image_size 380 is not a multiple of patch_size 14: use image_size 378 or 392",
+    ),
+    (
+        "mm1-7b",
+        8,
+        "--feature_layer 0",
+        "vision.feature_layer 0 is not a layer of a tower of 32: use -1 (the last) to -32",
+    ),
+    ("mm1-7b", 8, "--feature_layer -33", "vision.feature_layer -33 is not a layer of a tower of 32"),
+    (
+        "mm1-7b",
+        8,
+        "--tokens_per_image 150",
+        "tokens_per_image 150 is no square, and c_abstractor makes a square grid: use 144 or 169",
+    ),
+    (
+        "mm1-7b",
+        8,
+        "--tokens_per_image 150 --connector average_pool",
+        "tokens_per_image 150 is no square, and average_pool makes a square grid: use 144 or 169",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        "--tokens_per_image 49 --max_images_per_sequence 2",
+        "tokens_per_image 49 is more than the tower's 36 patches: use 36 or fewer",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        "--tokens_per_image 50 --max_images_per_sequence 2",
+        "tokens_per_image 50 is no square, and c_abstractor makes a square grid: use 36",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        "--connector mlp",
+        "tokens_per_image 9 is not the tower's 36 patches, and mlp keeps them all: use 36",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        "--connector attention_pool --model.connector.num_attention_heads 3",
+        "connector.hidden_size 128 is not divisible by connector.num_attention_heads 3",
+    ),
+    ("mm1-tiny", 2, f"{TP} 1 {EP} 2", "expert_model_parallel_size 2 needs experts: set model.moe, or use 1"),
+    ("mm1-tiny-moe", 2, "--moe_layer_freq 5", "moe_layer_freq 5 leaves none of the 4 blocks experts: use 4 or less"),
+    ("mm1-tiny-moe", 2, "--moe_router_topk 5", "moe_router_topk 5 is more than num_moe_experts 4"),
+    (
+        "mm1-tiny-moe",
+        3,
+        f"{EP} 3 --global_batch_size 12",
+        "num_moe_experts 4 is not divisible by expert_model_parallel_size 3: use 1, 2 or 4",
+    ),
+    ("mm1-tiny-moe", 2, "--moe_z_loss_coeff -1", "moe_z_loss_coeff -1.0 is negative: use 0 or more"),
+    (
+        "mm1-tiny-moe",
+        2,
+        f"{TP} 2",
+        "experts with tensor_model_parallel_size 2 need sequence parallelism: "
+        "set parallel.sequence_parallel true, or tensor_model_parallel_size 1",
+    ),
+    (
+        "mm1-tiny-moe",
+        2,
+        f"{EP} 4",
+        "a pipeline stage's 2 processes are not divisible by expert_model_parallel_size 4: use 1 or 2",
+    ),
+    (
+        "mm1-tiny",
+        3,
+        "",
+        "3 processes cannot be split into tensor_model_parallel_size 2 x pipeline_model_parallel_size 1: "
+        "start a multiple of 2, or choose smaller sizes",
+    ),
+    ("mm1-tiny", 2, f"{PP} 2", "2 processes cannot be split into tensor_model_parallel_size 2 x pipeline"),
+    (
+        "mm1-tiny",
+        4,
+        "--global_batch_size 12",
+        "global_batch_size 12 is not divisible by micro_batch_size 4 x data-parallel size 2 = 8: use 8 or 16",
+    ),
+    (
+        "mm1-tiny",
+        4,
+        "--global_batch_size 4",
+        "global_batch_size 4 is not divisible by micro_batch_size 4 x data-parallel size 2 = 8: use 8",
+    ),
+    ("mm1-tiny", 2, f"{SP} {TP} 1", "sequence_parallel needs tensor_model_parallel_size above 1, which is 1"),
+    (
+        "mm1-tiny",
+        2,
+        f"{SP} --seq_length 255 --micro_batch_size 1",
+        "seq_length 255 x micro_batch_size 1 is not divisible "
+        "by tensor_model_parallel_size 2, as sequence_parallel needs: use seq_length 256",
+    ),
+    (
+        "mm1-tiny",
+        8,
+        f"{PP} 8 {TP} 1",
+        "pipeline_model_parallel_size 8 is more than the decoder's 4 blocks, "
+        "and each stage holds at least one: use 4 or less",
+    ),
+    (
+        "mm1-tiny",
+        4,
+        f"{PP} 2 {FIRST} 4",
+        "decoder_first_pipeline_num_layers 4 does not leave each of 2 stages one of 4 blocks: use 1 to 3",
+    ),
+    ("mm1-tiny", 4, f"{PP} 2 {FIRST} 0", "decoder_first_pipeline_num_layers 0 does not leave each of 2 stages one"),
+    (
+        "mm1-tiny",
+        2,
+        f"{FIRST} 1",
+        "decoder_first_pipeline_num_layers 1 needs more than one pipeline stage: leave it null",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        "--max_images_per_sequence 30",
+        "max_images_per_sequence 30 x tokens_per_image 9 + 2 = 272 positions "
+        "do not fit seq_length 256: use seq_length 272 or more, or 28 images or fewer",
+    ),
+    ("mm1-tiny", 2, "--optimizer.lr 0", "optimizer.lr 0.0 is no rate: use a positive number"),
+    ("mm1-tiny", 2, "--optimizer.lr .inf", "optimizer.lr inf is no rate: use a positive number"),
+    ("mm1-tiny", 2, "--min_lr_ratio 2", "optimizer.min_lr_ratio 2.0 is a share of the peak: use 0 to 1"),
+    ("mm1-tiny", 2, "--adam_beta2 1", "optimizer.adam_beta2 1.0 is out of range: use 0 or more and less than 1"),
+    ("mm1-tiny", 2, "--adam_eps 0", "optimizer.adam_eps 0.0 is too small: use a positive number"),
+    (
+        "mm1-tiny",
+        2,
+        "--train_iters 100",
+        "lr_warmup_iters 100 is not less than train_iters 100, warm-up included: use 99",
+    ),
+    ("mm1-tiny", 2, "--lr_decay_iters 50", "lr_warmup_iters 100 is not less than lr_decay_iters 50"),
+    ("mm1-tiny", 2, "--finetune", "checkpoint.finetune takes the weights of checkpoint.load, which is null"),
+]
+
+
+@pytest.mark.parametrize(("base", "world_size", "arguments", "message"), BROKEN, ids=lambda value: None)
+def test_rule_is_told_with_its_numbers_and_the_fix(base: str, world_size: int, arguments: str, message: str) -> None:
+    (problem,) = problems(base, arguments, world_size)
+    assert problem.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("model.connector.options", "{depth: 3}", "connector.options {'depth': 3} are for connectors of your own"),
+        ("data.sources", "[{name: a, path: b, weight: 0}]", "the weights of data.sources (a) are all 0"),
+        ("data.sources", "[{name: a, path: b, weight: -1}]", "the weight -1.0 of source 'a' is not a share"),
+        ("data.sources", "[{name: a, path: b}, {name: a, path: c}]", "data.sources has 2 sources named 'a'"),
+        ("data.validation", "[{name: a, path: b}, {name: a, path: c}]", "data.validation has 2 sources named 'a'"),
+    ],
+)
+def test_rule_on_a_value_given_as_yaml(option: str, value: str, message: str) -> None:
+    config = load_config(["--preset", "mm1-tiny", f"--{option}", value])
+    with pytest.raises(ConfigError) as raised:
+        validate(config, world_size=2)
+    assert len(raised.value.problems) == 1
+    assert raised.value.problems[0].startswith(message)
+
+
+@pytest.mark.parametrize("path", sorted(MINIMUM))
+def test_a_value_below_its_minimum_is_told_and_breaks_no_other_rule(path: str) -> None:
+    base = "mm1-tiny-moe"
+    (problem,) = problems(base, f"--{path} {MINIMUM[path] - 1}", 2)
+    assert problem.startswith(f"{path} {MINIMUM[path] - 1}") and problem.endswith(f"use {MINIMUM[path]} or more")
+
+
+def test_every_count_has_a_minimum() -> None:
+    counts = {path for path, key in all_keys().items() if key.annotation in (int, int | None)}
+    free = {
+        "model.vision.feature_layer",
+        "parallel.decoder_first_pipeline_num_layers",
+        "data.seed",
+        "training.seed",
+    }
+    assert counts - set(MINIMUM) == free
+
+
+LEGAL = [
+    ("mm1-tiny", 2, ""),
+    ("mm1-tiny", 1, f"{TP} 1"),
+    ("mm1-tiny", 2, f"{SP} --use_distributed_optimizer --overlap_grad_reduce"),
+    ("mm1-tiny", 2, f"{TP} 1 {PP} 2"),
+    ("mm1-tiny", 4, f"{PP} 2 {FIRST} 3"),
+    ("mm1-tiny", 4, f"{TP} 1 {PP} 4"),
+    ("mm1-tiny", 2, f"{TP} 1"),
+    ("mm1-tiny", 2, "--untie_embeddings_and_output_weights false"),
+    ("mm1-tiny", 2, "--text_only --max_images_per_sequence 100"),
+    ("mm1-tiny", 2, "--connector mlp --tokens_per_image 36 --max_images_per_sequence 7"),
+    ("mm1-tiny", 2, "--connector attention_pool --tokens_per_image 7"),
+    ("mm1-tiny", 2, "--connector my.own.Connector --tokens_per_image 11"),
+    ("mm1-tiny", 2, "--precision fp32 --layer_backend transformer_engine"),
+    ("mm1-tiny", 2, "--feature_layer -2 --final_layernorm false"),
+    ("mm1-tiny", 2, "--data.sources []"),
+    ("mm1-tiny", 2, "--eval_interval 0 --save_interval 0 --clip_grad 0 --weight_decay 0 --lr_warmup_iters 0"),
+    ("mm1-tiny-moe", 1, f"{EP} 1"),
+    ("mm1-tiny-moe", 2, f"{TP} 2 {SP}"),
+    ("mm1-tiny-moe", 4, f"{EP} 2 {PP} 2"),
+    ("mm1-30b", 512, f"{TP} 8 {PP} 4 {SP}"),
+    ("mm1-3b-moe", 64, f"{EP} 64"),
+]
+
+
+@pytest.mark.parametrize(("base", "world_size", "arguments"), LEGAL)
+def test_layout_is_legal(base: str, world_size: int, arguments: str) -> None:
+    assert problems(base, arguments, world_size) == ()
+
+
+def test_all_problems_are_told_at_once() -> None:
+    found = problems("mm1-7b", f"{TP} 3 --image_size 380 --lr_warmup_iters 300000 --eval_iters 0 --finetune", 6)
+    fragments = ["eval_iters 0", "num_attention_heads 32", "ffn_hidden_size 11008", "vision.image_size 380"]
+    fragments += ["vision.num_attention_heads 16", "vision.ffn_hidden_size 5120", "lr_warmup_iters 300000", "finetune"]
+    missing = [fragment for fragment in fragments if not any(fragment in problem for problem in found)]
+    assert not missing and len(found) == len(fragments)
+
+
+def test_null_has_no_minimum() -> None:
+    nullable = [path for path in MINIMUM if is_nullable(all_keys()[path].annotation)]
+    assert nullable and value_at(preset("mm1-tiny"), nullable[0]) is None
