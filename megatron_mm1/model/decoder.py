@@ -1,0 +1,105 @@
+"""The decoder: megatron-core's HybridModel, described by our configuration."""
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+
+from megatron_mm1.config import MM1Config
+from megatron_mm1.config.derived import padded_vocab_size
+from megatron_mm1.model.specs import decoder_stack_spec
+from megatron_mm1.parallel.stages import layer_pattern
+
+
+def decoder_transformer_config(config: MM1Config, *, backend: str) -> TransformerConfig:
+    """megatron-core's configuration of the decoder.
+
+    Args:
+        config: the whole configuration: model, parallel layout and precision are read.
+        backend: "transformer_engine" or "local".
+    """
+    decoder, moe, parallel = config.model.decoder, config.model.moe, config.parallel
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    transformer_engine = backend == "transformer_engine"
+    experts = {}
+    if moe is not None:
+        experts = dict(
+            num_moe_experts=moe.num_moe_experts,
+            moe_ffn_hidden_size=moe.moe_ffn_hidden_size or decoder.ffn_hidden_size,
+            moe_router_topk=moe.moe_router_topk,
+            moe_router_load_balancing_type="aux_loss",
+            moe_aux_loss_coeff=moe.moe_aux_loss_coeff,
+            moe_z_loss_coeff=moe.moe_z_loss_coeff,
+            moe_router_dtype="fp32",
+            moe_token_dispatcher_type="alltoall",
+            moe_grouped_gemm=transformer_engine,
+        )
+    return TransformerConfig(
+        num_layers=2 * decoder.num_layers,  # HybridModel counts attention and feed-forward layers apart
+        is_hybrid_model=True,
+        hidden_size=decoder.hidden_size,
+        ffn_hidden_size=decoder.ffn_hidden_size,
+        num_attention_heads=decoder.num_attention_heads,
+        num_query_groups=decoder.num_query_groups or decoder.num_attention_heads,
+        kv_channels=decoder.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=decoder.layernorm_epsilon,
+        qk_layernorm=decoder.qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=decoder.add_qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=decoder.init_method_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=parallel.sequence_parallel,
+        # Loss and gradients are divided once, by the global number of trained tokens, so that every layout computes
+        # the same.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # apex alone has the kernel; docs/install.md
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=transformer_engine,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=transformer_engine,
+        variable_seq_lengths=False,
+        **experts,
+    )
+
+
+def build_decoder(
+    config: MM1Config,
+    transformer_config: TransformerConfig,
+    *,
+    backend: str,
+    pg_collection: ProcessGroupCollection,
+    pre_process: bool,
+    post_process: bool,
+) -> HybridModel:
+    """This rank's part of the decoder.
+
+    The embedding returns whole sequences also under sequence parallelism: images are injected before the scatter.
+    """
+    decoder = config.model.decoder
+    return HybridModel(
+        transformer_config,
+        decoder_stack_spec(backend, qk_layernorm=decoder.qk_layernorm),
+        vocab_size=padded_vocab_size(decoder.vocab_size, config.parallel.tensor_model_parallel_size),
+        max_sequence_length=config.data.seq_length,
+        hybrid_layer_pattern=layer_pattern(config),
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not decoder.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=decoder.rotary_base,
+        scatter_embedding_sequence_parallel=False,
+        pg_collection=pg_collection,
+    )

@@ -1,0 +1,36 @@
+"""Normalisation for the local backend."""
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+
+class LocalNorm(torch.nn.Module):
+    """RMSNorm or LayerNorm (config.normalization) over the last dimension, usable under sequence parallelism.
+
+    megatron-core's own torch norm refuses sequence parallelism. All it takes is the mark on the parameters by which
+    `finalize_model_grads` sums their gradients over the tensor-parallel ranks, each of which saw a slice of the
+    sequence.
+
+    Args:
+        config: normalization, layernorm_epsilon, params_dtype and sequence_parallel are read.
+        hidden_size: size of the last dimension.
+        eps: added to the variance.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.shape = (hidden_size,)
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = None
+        if config.normalization == "LayerNorm":
+            self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same shape and dtype."""
+        if self.bias is None:
+            return torch.nn.functional.rms_norm(hidden_states, self.shape, self.weight, self.eps)
+        return torch.nn.functional.layer_norm(hidden_states, self.shape, self.weight, self.bias, self.eps)

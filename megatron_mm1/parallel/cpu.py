@@ -1,0 +1,162 @@
+"""megatron-core 0.19 on a machine without a CUDA device.
+
+megatron-core names CUDA in a few places. Each entry below makes one of them mean the CPU; none changes what is
+computed. Installed only where no CUDA device exists (see `device.prepare`), before megatron-core is imported.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+
+_CPU = torch.device("cpu")
+
+
+class _InertStream:
+    """Stands in for a CUDA stream or event: on the CPU every operation has finished when it returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> "_InertStream":
+        return self
+
+
+@contextmanager
+def _inert_context(stream: Any) -> Any:
+    yield
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """`factory` with a literal device="cuda" read as the CPU."""
+
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _silence(logger: str, message: str) -> None:
+    """Drop one message of a logger that is about CUDA alone."""
+    logging.getLogger(logger).addFilter(lambda record: message not in record.getMessage())
+
+
+def _install_runtime() -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: _CPU  # used as `device=torch.cuda.current_device()`
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None  # called when buffers are freed
+    cuda.memory_allocated = lambda device=None: 0
+    cuda.max_memory_allocated = lambda device=None: 0
+    cuda.Stream = cuda.Event = _InertStream
+    cuda.current_stream = cuda.default_stream = lambda device=None: _InertStream()
+    cuda.stream = _inert_context
+    cuda.is_current_stream_capturing = lambda: False
+    _silence("torch.utils.cpp_extension", "No CUDA runtime is found")
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+
+def _install_rng() -> None:
+    """The one CPU generator takes the place of the device's: the model-parallel RNG tracker saves and restores it."""
+
+    def get_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = get_state
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_state
+    # torch.manual_seed calls torch.cuda.manual_seed_all, hence the generator itself here.
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
+    # The tracker warns when the CPU's generator moved while it had the device's in use; here they are one.
+    _silence("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context")
+
+
+def _install_factories() -> None:
+    for name in ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor_to = torch.Tensor.to
+
+    @functools.wraps(tensor_to)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return tensor_to(self, *args, **kwargs)
+
+    torch.Tensor.to = to
+
+
+def _install_tensor_types() -> None:
+    """The optimizers and gradient clipping compare Tensor.type() with "torch.cuda.FloatTensor" and its half-precision
+    kin.
+    """
+    tensor_type = torch.Tensor.type
+
+    @functools.wraps(tensor_type)
+    def named_as_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = tensor_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.Tensor.type = named_as_cuda
+    torch.cuda.FloatTensor = torch.FloatTensor
+
+
+def _install_collectives() -> None:
+    """gloo's all_to_all_single takes split sizes as lists; the token dispatcher passes tensors."""
+    all_to_all_single = torch.distributed.all_to_all_single
+
+    def as_list(sizes: Any) -> list[int] | None:
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+    @functools.wraps(all_to_all_single)
+    def with_lists(
+        output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any
+    ) -> Any:
+        return all_to_all_single(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
+
+    torch.distributed.all_to_all_single = with_lists
+
+
+def install() -> None:
+    """Install every entry, then the two that live inside megatron-core."""
+    _install_runtime()
+    _install_rng()
+    _install_factories()
+    _install_tensor_types()
+    _install_collectives()
+
+    # torch.compile of small fused functions needs a C++ compiler and takes seconds per function on a CPU.
+    import megatron.core.jit as jit
+
+    jit.disable_jit_fuser()
+
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

@@ -1,0 +1,67 @@
+"""Which device and layer backend this process runs on, decided before megatron-core is imported."""
+
+import sys
+import warnings
+from functools import cache
+
+import torch
+
+from megatron_mm1.errors import UserError
+from megatron_mm1.parallel import cpu
+
+
+@cache
+def transformer_engine_problem() -> str | None:
+    """Why Transformer Engine cannot be used here; None where it can.
+
+    A partial or CUDA-less Transformer Engine raises more than ImportError, the only thing megatron-core catches, and
+    a complete one replaces megatron-core's optimizers by CUDA ones. So where it cannot work it is made to look
+    absent.
+    """
+    problem = "no CUDA device"
+    if torch.cuda.is_available():
+        try:
+            import transformer_engine.pytorch  # noqa: F401
+
+            return None
+        except Exception as error:  # RuntimeError, FileNotFoundError, OSError, AssertionError have all been seen
+            problem = f"{type(error).__name__}: {error}"
+    for name in ("transformer_engine", "transformer_engine_torch"):
+        for loaded in [module for module in sys.modules if module.split(".")[0] == name]:
+            del sys.modules[loaded]
+        sys.modules[name] = None  # type: ignore[assignment]  # makes `import` raise ImportError
+    return problem
+
+
+@cache
+def prepare() -> None:
+    """Ready the process for megatron-core. Idempotent."""
+    if transformer_engine_problem():
+        # megatron-core says so in six places on import; `transformer_engine_problem` says it once, with the reason.
+        warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
+    if not torch.cuda.is_available():
+        cpu.install()
+
+
+def device() -> torch.device:
+    """The device this process computes on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def layer_backend(requested: str) -> str:
+    """Resolve `training.layer_backend` to "transformer_engine" or "local".
+
+    Raises:
+        UserError: Transformer Engine is asked for where it cannot work.
+    """
+    problem = transformer_engine_problem()
+    if requested == "auto":
+        return "local" if problem else "transformer_engine"
+    if requested == "transformer_engine" and problem:
+        raise UserError(
+            "training.layer_backend is transformer_engine, but Transformer Engine cannot be used "
+            f"({problem}): use local"
+        )
+    return requested

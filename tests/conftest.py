@@ -1,0 +1,49 @@
+"""Fixtures shared by all tests."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.pool import Pool
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[[int], Pool]]:
+    """`pool(n)`: the session's pool of n worker processes, started when first asked for and again after a failure."""
+    pools: dict[int, Pool] = {}
+
+    def get(world_size: int) -> Pool:
+        if world_size not in pools or not pools[world_size].alive:
+            pools[world_size] = Pool(world_size)
+        return pools[world_size]
+
+    yield get
+    for started in pools.values():
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def groups():
+    """Process groups of a single process, the test's own."""
+    from megatron_mm1.config import ParallelConfig
+    from megatron_mm1.parallel.groups import build_process_groups, initialize_process_group
+
+    initialize_process_group(timeout_minutes=1)
+    return build_process_groups(ParallelConfig(), seed=1)
+
+
+@pytest.fixture(scope="session")
+def demo_corpus() -> Path:
+    """The demo corpus, which `make corpus` builds; paths in the mm1-tiny presets are relative to the repository."""
+    corpus = REPOSITORY / ".cache" / "demo-corpus"
+    if not (corpus / "corpus.json").is_file():
+        pytest.fail(f"no demo corpus at {corpus}: run `make corpus`")
+    os.chdir(REPOSITORY)
+    return corpus
