@@ -1,0 +1,138 @@
+"""Model, optimizer and learning-rate schedule from the configuration."""
+
+import sys
+from collections.abc import Mapping
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+
+from megatron_mm1.config import MM1Config
+from megatron_mm1.model.mm1 import MM1Model
+from megatron_mm1.parallel.device import device
+
+COMPONENTS = ("tower", "connector", "decoder")
+"""The model's parts."""
+
+_ATTRIBUTES = {"tower": "tower", "connector": "connector", "language_model": "decoder"}
+
+
+def component_of(parameter_name: str) -> str:
+    """Which of COMPONENTS a parameter of the (wrapped) model belongs to."""
+    return next(_ATTRIBUTES[part] for part in parameter_name.split(".") if part in _ATTRIBUTES)
+
+
+def unwrap(model: torch.nn.Module) -> MM1Model:
+    """The MM1Model inside data-parallel and precision wrappers."""
+    while not isinstance(model, MM1Model):
+        model = model.get_submodule("module")
+    return model
+
+
+def build_module(config: MM1Config, *, backend: str, pg_collection: ProcessGroupCollection) -> torch.nn.Module:
+    """This rank's stage of the model on this rank's device, in the configured precision."""
+    model: torch.nn.Module = MM1Model(config, backend=backend, pg_collection=pg_collection)
+    if config.training.precision == "bf16":
+        model = Float16Module(model.config, model)
+    return model.to(device())
+
+
+def build_model(config: MM1Config, *, backend: str, pg_collection: ProcessGroupCollection) -> DistributedDataParallel:
+    """This rank's stage of the model, wrapped for data-parallel training.
+
+    In bf16, weights are bf16 and gradients are accumulated and reduced in float32.
+    """
+    module = build_module(config, backend=backend, pg_collection=pg_collection)
+    transformer_config = unwrap(module).config
+    wrapped = DistributedDataParallel(
+        transformer_config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        ),
+        module,
+        pg_collection=pg_collection,
+    )
+    wrapped.broadcast_params()
+    transformer_config.no_sync_func = wrapped.no_sync
+    transformer_config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def build_optimizer(
+    config: MM1Config, model: DistributedDataParallel, *, pg_collection: ProcessGroupCollection
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW with a learning rate per component, and linear warm-up followed by a cosine.
+
+    Norms and biases (one-dimensional parameters) are not decayed, as in Megatron.
+    """
+    settings, training = config.optimizer, config.training
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.lr * settings.min_lr_ratio,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        # An infinite norm would turn clipped gradients into NaN: leave the weights alone instead.
+        grad_norm_skip_threshold=sys.float_info.max,
+        bf16=training.precision == "bf16",
+        params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+    overrides = get_standard_config_overrides(megatron_config)
+    for component, lr in {"tower": settings.vision_lr, "connector": settings.connector_lr}.items():
+        if lr is not None:
+            key = ParamKey(name=f"*module.{component}.*")
+            overrides[key] = {"max_lr": lr, "min_lr": lr * settings.min_lr_ratio}
+    optimizer = get_megatron_optimizer(
+        megatron_config, [model], overrides, use_gloo_process_groups=False, pg_collection=pg_collection
+    )
+    # The scheduler counts sequences, so that it need not change with the batch size.
+    sequences = training.global_batch_size
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.lr * settings.min_lr_ratio,
+        lr_warmup_steps=settings.lr_warmup_iters * sequences,
+        lr_decay_steps=(settings.lr_decay_iters or training.train_iters) * sequences,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=training.train_iters * sequences,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of dense and of expert parameters that megatron-core chains, or the only one."""
+    return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def component_learning_rates(config: MM1Config, optimizer: MegatronOptimizer) -> Mapping[str, float]:
+    """The learning rate in force for each component.
+
+    Every rank has every parameter group (megatron-core aligns them), so this is the same on all ranks.
+    """
+    settings = config.optimizer
+    peaks = {"tower": settings.vision_lr, "connector": settings.connector_lr, "decoder": None}
+    rates = {}
+    for component, peak in peaks.items():
+        wanted = settings.lr if peak is None else peak
+        rates[component] = next(float(group["lr"]) for group in optimizer.param_groups if group["max_lr"] == wanted)
+    return rates

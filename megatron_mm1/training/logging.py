@@ -1,0 +1,104 @@
+"""What a run says while it runs: console lines in Megatron's form, JSON lines, TensorBoard, a progress bar. Rank 0
+only.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_mm1.config import MM1Config
+
+
+class RunLogger:
+    """Writes to `<run_dir>/log.jsonl`, `<run_dir>/tensorboard` and the terminal.
+
+    Args:
+        config: run_dir and logging are read.
+        iteration: steps already taken, where a resumed run's progress bar starts.
+        enabled: False makes every method do nothing (ranks other than 0).
+    """
+
+    def __init__(self, config: MM1Config, *, iteration: int, enabled: bool) -> None:
+        self.enabled = enabled
+        self._bar: tqdm | None = None
+        self._tensorboard: Any = None
+        if not enabled:
+            return
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = (run_dir / "log.jsonl").open("a", buffering=1)
+        if config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=iteration or None)
+        wanted = config.logging.progress_bar
+        if sys.stderr.isatty() if wanted is None else wanted:
+            self._bar = tqdm(
+                total=config.training.train_iters,
+                initial=iteration,
+                desc=config.name,
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the progress bar."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def progress(self, **figures: float) -> None:
+        """One step done; figures are shown beside the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
+            self._bar.update()
+
+    def record(self, kind: str, iteration: int, figures: Mapping[str, Any]) -> None:
+        """Append one JSON line and, for every finite number in it, a TensorBoard point `kind/name`."""
+        if not self.enabled:
+            return
+        self._file.write(json.dumps({"kind": kind, "iteration": iteration, **figures}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in figures.items():
+                if isinstance(value, int | float):
+                    self._tensorboard.add_scalar(f"{kind}/{name}", value, iteration)
+
+    def close(self) -> None:
+        if self.enabled:
+            self._file.close()
+            if self._bar is not None:
+                self._bar.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+
+def console_line(figures: Mapping[str, Any], *, train_iters: int) -> str:
+    """A training line: Megatron's fields under its names and in its order, so that existing log parsers work; ours
+    follow.
+
+    Args:
+        figures: as the trainer records them (see `trainer.step_figures`).
+        train_iters: length of the run.
+    """
+    fields = [
+        f"iteration {figures['iteration']:8d}/{train_iters:8d}",
+        f"consumed samples: {figures['consumed_samples']:12d}",
+        f"elapsed time per iteration (ms): {figures['elapsed_time_per_iteration_ms']:.1f}",
+        f"throughput per GPU (TFLOP/s/GPU): {figures['tflops_per_gpu']:.4f}",
+        f"learning rate: {figures['learning_rate']:.6E}",
+        f"global batch size: {figures['global_batch_size']:5d}",
+        f"lm loss: {figures['lm_loss']:.6E}",
+        f"grad norm: {figures['grad_norm']:.3f}",
+        f"number of skipped iterations: {figures['skipped_iterations']:3d}",
+        f"number of nan iterations: {figures['nan_iterations']:3d}",
+        *(f"{name}: {value:.4f}" for name, value in figures.items() if name.startswith("loss ")),
+        f"tokens/s: {figures['tokens_per_second']:.0f}",
+        f"data wait (ms): {figures['data_wait_ms']:.1f}",
+    ]
+    return f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(fields) + " |"

@@ -1,0 +1,193 @@
+"""One optimizer step, or one forward-only pass, over a list of microbatches."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_mm1.config import MM1Config
+from megatron_mm1.data.batch import IGNORE, PackedBatch
+from megatron_mm1.parallel.device import device
+from megatron_mm1.training.build import unwrap
+from megatron_mm1.training.gradients import component_gradient_norms
+
+
+@dataclass(frozen=True)
+class LossStatistics:
+    """Losses of a global batch, the same on every rank.
+
+    Attributes:
+        loss_sums: per source, the sum of the losses of its trained tokens.
+        token_counts: per source, the number of trained tokens.
+    """
+
+    loss_sums: tuple[float, ...]
+    token_counts: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of a trained token."""
+        return sum(self.loss_sums) / max(sum(self.token_counts), 1)
+
+    def source_losses(self) -> tuple[float | None, ...]:
+        """Mean loss by source; None where the batch trained none of its tokens."""
+        pairs = zip(self.loss_sums, self.token_counts, strict=True)
+        return tuple(total / count if count else None for total, count in pairs)
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What one optimizer step did.
+
+    Attributes:
+        losses: of the global batch, before the update.
+        grad_norm: global gradient norm before clipping.
+        component_grad_norms: the same by component; None unless asked for.
+        skipped: the loss or the gradient norm was not finite, so the weights were left alone.
+    """
+
+    losses: LossStatistics
+    grad_norm: float
+    component_grad_norms: dict[str, float] | None
+    skipped: bool
+
+
+def train_step(
+    config: MM1Config,
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    batches: Sequence[PackedBatch],
+    *,
+    pg_collection: ProcessGroupCollection,
+    with_component_norms: bool = False,
+) -> StepStatistics:
+    """Forward and backward over this rank's microbatches of one global batch, then one update.
+
+    Args:
+        batches: this rank's share of the global batch, on the host.
+        with_component_norms: also compute gradient norms by component.
+    """
+    model.train()
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    _scale_router_losses(model, batches, pg_collection)
+    losses = run_batches(config, model, batches, pg_collection=pg_collection, forward_only=False)
+    norms = component_gradient_norms(model, optimizer, pg_collection=pg_collection) if with_component_norms else None
+    updated, grad_norm = False, math.nan
+    if math.isfinite(losses.loss):
+        updated, grad_norm, _ = optimizer.step()
+    scheduler.step(increment=config.training.global_batch_size)
+    return StepStatistics(losses=losses, grad_norm=float(grad_norm), component_grad_norms=norms, skipped=not updated)
+
+
+@torch.no_grad()
+def evaluate_batches(
+    config: MM1Config,
+    model: DistributedDataParallel,
+    batches: Sequence[PackedBatch],
+    *,
+    pg_collection: ProcessGroupCollection,
+) -> LossStatistics:
+    """Losses without an update; the model is left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    losses = run_batches(config, model, batches, pg_collection=pg_collection, forward_only=True)
+    model.train(was_training)
+    return losses
+
+
+def run_batches(
+    config: MM1Config,
+    model: DistributedDataParallel,
+    batches: Sequence[PackedBatch],
+    *,
+    pg_collection: ProcessGroupCollection,
+    forward_only: bool,
+) -> LossStatistics:
+    """megatron-core's pipeline schedule over the microbatches; gradients end up reduced and divided by the trained
+    tokens.
+    """
+    num_sources = max(len(config.data.sources), len(config.data.validation), 1)
+    rows, seq_length = batches[0].tokens.shape
+    pp_size = pg_collection.pp.size()
+    schedule = get_forward_backward_func(pp_size=pp_size, vp_size=None)
+    transformer_config = unwrap(model).config
+    outputs = schedule(
+        forward_step_func=partial(_forward_step, num_sources=num_sources),
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        # The decoder sees a microbatch as one flattened sequence.
+        seq_length=rows * seq_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+        p2p_communicator=P2PCommunicator(pp_group=pg_collection.pp, config=transformer_config) if pp_size > 1 else None,
+        pg_collection=pg_collection,
+    )
+    return _global_statistics(outputs, num_sources, pg_collection)
+
+
+def _forward_step(
+    data_iterator: Iterator[PackedBatch], model: torch.nn.Module, *, num_sources: int
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    batch = next(data_iterator).to(device())
+    return model(batch), partial(_loss, batch, num_sources=num_sources)
+
+
+def _loss(batch: PackedBatch, losses: Tensor, *, num_sources: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed loss, trained tokens, statistics [2, sources]) of one microbatch, as the schedule takes them."""
+    trained = batch.labels != IGNORE
+    losses = losses.masked_fill(~trained, 0.0)
+    sources = batch.source_ids.flatten()
+    statistics = torch.zeros(2, num_sources, dtype=torch.float64, device=losses.device)
+    statistics[0].index_add_(0, sources, losses.detach().flatten().double())
+    statistics[1].index_add_(0, sources, trained.flatten().double())
+    return losses.sum(), trained.sum().int(), statistics
+
+
+def _global_statistics(
+    outputs: list[Tensor], num_sources: int, pg_collection: ProcessGroupCollection
+) -> LossStatistics:
+    """Sum over microbatches and data-parallel ranks, and hand the result to every pipeline stage."""
+    total = torch.zeros(2, num_sources, dtype=torch.float64, device=device())
+    for statistics in outputs:  # empty but on the last stage
+        total += statistics
+    pp = pg_collection.pp
+    if pp.rank() == pp.size() - 1:
+        torch.distributed.all_reduce(total, group=pg_collection.dp_cp)
+    torch.distributed.broadcast(total, group_src=pp.size() - 1, group=pp)
+    loss_sums, token_counts = total.tolist()
+    return LossStatistics(loss_sums=tuple(loss_sums), token_counts=tuple(token_counts))
+
+
+def _scale_router_losses(
+    model: DistributedDataParallel, batches: Sequence[PackedBatch], pg_collection: ProcessGroupCollection
+) -> None:
+    """Make the router's auxiliary losses means over the tokens they are computed on.
+
+    megatron-core weighs them by the tokens that are not padding and then divides every gradient by the trained
+    tokens, of which a batch of captions has several times fewer: without this factor the losses would weigh as much
+    more.
+    """
+    transformer_config = unwrap(model).config
+    if not transformer_config.num_moe_experts:
+        return
+    counts = torch.zeros(2, dtype=torch.float32)
+    for batch in batches:
+        counts += torch.stack([(batch.labels != IGNORE).sum(), (batch.segment_ids != 0).sum()])
+    counts = counts.to(device())
+    torch.distributed.all_reduce(counts, group=pg_collection.dp_cp)
+    trained, routed = counts
+    scale = trained / routed.clamp(min=1)
+    transformer_config.moe_grad_scale_func = lambda: scale

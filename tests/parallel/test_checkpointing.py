@@ -1,0 +1,137 @@
+"""Checkpoints: resuming is bit-exact, damage is noticed, a checkpoint is there whole or not at all."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from megatron_mm1.config.presets import preset
+from megatron_mm1.errors import ConfigError, UserError
+from megatron_mm1.training import checkpointing
+from tests.parallel import jobs
+from tests.parallel.test_layouts import config_of
+
+LAYOUTS = {
+    "one process": (1, "mm1-tiny", {}),
+    "TP2": (2, "mm1-tiny", dict(tensor_model_parallel_size=2)),
+    "PP2": (2, "mm1-tiny", dict(pipeline_model_parallel_size=2)),
+    "DP2": (2, "mm1-tiny", {}),
+    "DP2, distributed optimizer": (2, "mm1-tiny", dict(use_distributed_optimizer=True)),
+    "EP2": (2, "mm1-tiny-moe", dict(expert_model_parallel_size=2)),
+    "EP2, distributed optimizer": (
+        2,
+        "mm1-tiny-moe",
+        dict(expert_model_parallel_size=2, use_distributed_optimizer=True),
+    ),
+}
+
+pytestmark = pytest.mark.demo
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resuming_is_bit_exact(pool, demo_corpus, tmp_path, layout):
+    world_size, name, sizes = LAYOUTS[layout]
+    for uninterrupted, resumed in pool(world_size).run(jobs.train_save_resume, config_of(name, **sizes), tmp_path):
+        assert resumed == uninterrupted
+
+
+def test_evaluation_does_not_move_training(pool, demo_corpus):
+    [(without, between)] = pool(1).run(jobs.evaluate_between_steps, config_of("mm1-tiny"))
+    assert between == without
+
+
+@pytest.fixture(scope="module")
+def saved(pool, demo_corpus, tmp_path_factory):
+    [path] = pool(1).run(jobs.save_initial, config_of("mm1-tiny"), tmp_path_factory.mktemp("saved"))
+    return path
+
+
+@pytest.fixture
+def damaged(saved, tmp_path):
+    """A copy to be damaged by the test."""
+    return shutil.copytree(saved, tmp_path / saved.name)
+
+
+def largest_file(checkpoint):
+    return max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def flip_a_byte(checkpoint):
+    path = largest_file(checkpoint)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(checkpoint):
+    path = largest_file(checkpoint)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, lambda checkpoint: largest_file(checkpoint).unlink()])
+def test_a_damaged_checkpoint_is_refused_by_name(damaged, groups, damage):
+    from megatron_mm1.training.build import build_module
+
+    damage(damaged)
+    model = build_module(config_of("mm1-tiny"), backend="local", pg_collection=groups)
+    with pytest.raises(UserError, match=f"cannot load checkpoint .*{damaged.name}"):
+        checkpointing.load_weights(damaged, model, pg_collection=groups)
+
+
+def test_damaged_metadata_is_refused_by_name(damaged):
+    (damaged / "mm1.json").write_text("{")
+    with pytest.raises(UserError, match="corrupt checkpoint"):
+        checkpointing.read_metadata(damaged)
+
+
+def test_a_newer_format_is_refused(damaged):
+    fields = json.loads((damaged / "mm1.json").read_text())
+    (damaged / "mm1.json").write_text(json.dumps({**fields, "format_version": 99}))
+    with pytest.raises(UserError, match="format 99, newer than this program's 1"):
+        checkpointing.read_metadata(damaged)
+
+
+def test_the_newest_complete_checkpoint_is_found(saved):
+    assert checkpointing.find_checkpoint(saved) == saved
+    assert checkpointing.find_checkpoint(saved.parent) == saved
+    assert not list(saved.parent.glob("*.partial"))
+
+
+def test_no_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpointing.find_checkpoint(tmp_path)
+
+
+def test_latest_naming_a_missing_checkpoint_is_an_error(tmp_path):
+    (tmp_path / "latest").write_text("step-00000007\n")
+    with pytest.raises(UserError, match="step-00000007, which is missing or incomplete"):
+        checkpointing.find_checkpoint(tmp_path)
+
+
+def test_what_does_not_fit_a_checkpoint_is_listed_at_once(saved):
+    metadata = checkpointing.read_metadata(saved)
+    config = config_of("mm1-tiny", tensor_model_parallel_size=2)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=16))
+    with pytest.raises(ConfigError) as error:
+        checkpointing.check_resumable(metadata, config, tokenizer_fingerprint="other")
+    assert len(error.value.problems) == 3
+    for fragment in (
+        "wrong tokenizer",
+        "tensor_model_parallel_size was 1 and is 2",
+        "global_batch_size was 8 and is 16",
+    ):
+        assert fragment in str(error.value)
+
+
+def test_weights_alone_may_move_to_another_layout(saved):
+    metadata = checkpointing.read_metadata(saved)
+    config = config_of("mm1-tiny", tensor_model_parallel_size=2)
+    finetune = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, finetune=True))
+    checkpointing.check_resumable(metadata, finetune, tokenizer_fingerprint="test")
+
+
+def test_another_model_is_refused(saved):
+    metadata = checkpointing.read_metadata(saved)
+    with pytest.raises(ConfigError, match="another model configuration"):
+        checkpointing.check_resumable(metadata, preset("mm1-tiny-moe"), tokenizer_fingerprint="test")
