@@ -1,0 +1,39 @@
+"""`mm1 caption`: describe image files."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from megatron_mm1.data.images import UnusableImage, check_image
+from megatron_mm1.data.records import Image
+from megatron_mm1.errors import UserError
+from megatron_mm1.inference.loading import open_engine
+
+
+def caption_main(args: Namespace) -> None:
+    """Print "file: caption" for each image: `args` has checkpoint, image (paths) and max_new_tokens.
+
+    Raises:
+        UserError: a file is missing or no image, or the checkpoint cannot be used or was trained without images.
+    """
+    prompts = [(_read_image(Path(path)),) for path in args.image]
+    with open_engine(args.checkpoint) as engine:
+        if engine.config.data.text_only:
+            raise UserError(f"{args.checkpoint} was trained with data.text_only, so it sees no images: use another")
+        captions = engine.generate(prompts, max_new_tokens=args.max_new_tokens)
+        if torch.distributed.get_rank() == 0:
+            for path, caption in zip(args.image, captions, strict=True):
+                print(f"{path}: {caption.strip()}")
+
+
+def _read_image(path: Path) -> Image:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read image {path}: {error.strerror}") from error
+    try:
+        check_image(data)
+    except UnusableImage as error:
+        raise UserError(f"cannot use image {path}: {error.kind}") from error
+    return Image(data)

@@ -1,0 +1,89 @@
+"""An engine from a checkpoint, in the layout of the processes that are there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_mm1.config import MM1Config
+from megatron_mm1.config.validation import validate
+from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.inference.engine import Engine
+from megatron_mm1.parallel.device import layer_backend
+from megatron_mm1.parallel.groups import (
+    build_process_groups,
+    destroy_process_groups,
+    initialize_process_group,
+    launcher_ranks,
+)
+from megatron_mm1.training.build import build_module
+from megatron_mm1.training.checkpointing import check_tokenizer, find_checkpoint, load_weights, read_metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSizes:
+    """A layout for inference; None: the checkpoint's, or 1 where there is one process only."""
+
+    tensor_model_parallel_size: int | None = None
+    pipeline_model_parallel_size: int | None = None
+    expert_model_parallel_size: int | None = None
+
+
+AS_TRAINED = ParallelSizes()
+
+
+@contextmanager
+def open_engine(checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED) -> Iterator[Engine]:
+    """Join the job, load the checkpoint's weights, and leave the job when the block ends.
+
+    Args:
+        checkpoint: a checkpoint, or a folder of them (the newest is taken).
+
+    Raises:
+        UserError: the checkpoint, its tokenizer or the layout cannot be used.
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    metadata = read_metadata(checkpoint)
+    world_size = launcher_ranks()[1]
+    config = inference_config(metadata.mm1_config(), sizes=sizes, world_size=world_size)
+    validate(config, world_size=world_size)
+    backend = layer_backend(config.training.layer_backend)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    check_tokenizer(metadata, tokenizer.fingerprint)
+    initialize_process_group(timeout_minutes=config.parallel.distributed_timeout_minutes)
+    try:
+        groups = build_process_groups(config.parallel, seed=config.training.seed)
+        model = build_module(config, backend=backend, pg_collection=groups)
+        load_weights(checkpoint, model, pg_collection=groups)
+        yield Engine(config, model, tokenizer, pg_collection=groups)
+        torch.distributed.barrier()
+        destroy_process_groups()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def inference_config(saved: MM1Config, *, sizes: ParallelSizes, world_size: int) -> MM1Config:
+    """A checkpoint's configuration in another layout, without what only training needs."""
+    before = saved.parallel
+
+    def size(asked: int | None, trained: int) -> int:
+        return asked or (trained if world_size > 1 else 1)
+
+    tensor = size(sizes.tensor_model_parallel_size, before.tensor_model_parallel_size)
+    pipeline = size(sizes.pipeline_model_parallel_size, before.pipeline_model_parallel_size)
+    same_stages = pipeline == before.pipeline_model_parallel_size
+    parallel = replace(
+        before,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=size(sizes.expert_model_parallel_size, before.expert_model_parallel_size),
+        sequence_parallel=tensor > 1 and (before.sequence_parallel or saved.model.moe is not None),
+        decoder_first_pipeline_num_layers=before.decoder_first_pipeline_num_layers if same_stages else None,
+        use_distributed_optimizer=False,
+        overlap_grad_reduce=False,
+    )
+    # Validation wants a global batch that the processes divide.
+    training = replace(saved.training, global_batch_size=saved.training.micro_batch_size * world_size)
+    return replace(saved, parallel=parallel, training=training)

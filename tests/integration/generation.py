@@ -1,0 +1,153 @@
+"""What the workers of test_generate run: the engine, and the same computed the slow way."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mm1.config import MM1Config
+from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
+from megatron_mm1.data.images import ImageProcessor
+from megatron_mm1.data.records import Image, Text
+from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.evaluation.runner import run_items
+from megatron_mm1.evaluation.task import Item, Measure, Outcome
+from megatron_mm1.inference.engine import Engine, Prompt, Score
+from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
+from megatron_mm1.training.build import build_module
+from megatron_mm1.training.checkpointing import load_weights
+
+
+def run_engine(
+    config: MM1Config,
+    checkpoint: Path,
+    prompts: list[Prompt],
+    continuations: list[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    special_ids: dict[str, int] | None = None,
+) -> tuple[list[list[int]], list[Score]]:
+    """Generated ids and scores; `special_ids` replaces ids of the tokenizer."""
+    groups = build_process_groups(config.parallel, seed=1)
+    try:
+        model = build_module(config, backend="local", pg_collection=groups)
+        load_weights(checkpoint, model, pg_collection=groups)
+        tokenizer = Tokenizer(config.data.tokenizer)
+        vars(tokenizer).update(special_ids or {})
+        engine = Engine(config, model, tokenizer, pg_collection=groups, batch_size=batch_size)
+        ids = engine.generate_ids(prompts, max_new_tokens=max_new_tokens)
+        return ids, engine.score(prompts, continuations)
+    finally:
+        destroy_process_groups()
+
+
+class Continue:
+    """A task: continue each prompt, and score its reference and another."""
+
+    max_new_tokens = 4
+
+    def __init__(self, prompts: list[Prompt], continuations: list[str]) -> None:
+        self.prompts, self.continuations = prompts, continuations
+
+    def items(self) -> list[Item]:
+        pairs = enumerate(zip(self.prompts, self.continuations, strict=True))
+        return [
+            Item(key=str(number), prompt=tuple(prompt), reference=text, scored=((tuple(prompt), text),) * (number % 3))
+            for number, (prompt, text) in pairs
+        ]
+
+    def measure(self, item: Item, outcome: Outcome) -> dict[str, Measure]:
+        return {}
+
+
+def run_task(config: MM1Config, checkpoint: Path, task: Continue) -> list[Outcome]:
+    """Outcomes of the task's items, dealt over the copies of the model."""
+    groups = build_process_groups(config.parallel, seed=1)
+    try:
+        model = build_module(config, backend="local", pg_collection=groups)
+        load_weights(checkpoint, model, pg_collection=groups)
+        engine = Engine(config, model, Tokenizer(config.data.tokenizer), pg_collection=groups)
+        return run_items(engine, task, task.items(), label="continue")
+    finally:
+        destroy_process_groups()
+
+
+def replicas(config: MM1Config) -> tuple[int, int, bool]:
+    """(copies of the model, this rank's copy, whether it speaks for it) of a layout."""
+    groups = build_process_groups(config.parallel, seed=1)
+    try:
+        model = torch.nn.Identity()
+        engine = Engine(config, model, Tokenizer(config.data.tokenizer), pg_collection=groups)
+        return engine.num_replicas, engine.replica, engine.is_replica_leader
+    finally:
+        destroy_process_groups()
+
+
+@torch.no_grad()
+def run_slowly(
+    config: MM1Config, checkpoint: Path, prompts: list[Prompt], continuations: list[str], *, max_new_tokens: int
+) -> tuple[list[list[int]], list[tuple[float, int]]]:
+    """One prompt and one token at a time, without padding, from the logits of the whole model.
+
+    Returns:
+        Generated ids, and (summed log-likelihood, tokens) of each continuation with its end of text.
+    """
+    groups = build_process_groups(config.parallel, seed=1)
+    try:
+        model: Any = build_module(config, backend="local", pg_collection=groups)
+        load_weights(checkpoint, model, pg_collection=groups)
+        model.eval()
+        tokenizer = Tokenizer(config.data.tokenizer)
+
+        def log_probabilities(prompt: Prompt, behind: list[int]) -> torch.Tensor:
+            """[S, vocabulary] after each position of the prompt and the tokens behind it."""
+            return model(_batch(config, tokenizer, prompt, behind), return_logits=True)[0].log_softmax(dim=-1)
+
+        generated, scores = [], []
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            ids: list[int] = []
+            for _ in range(max_new_tokens):
+                last = log_probabilities(prompt, ids)[-1, : tokenizer.vocab_size]
+                last[[tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id]] = -torch.inf
+                token = int(last.argmax())
+                if token == tokenizer.eos_id:
+                    break
+                ids.append(token)
+            generated.append(ids)
+            target = [*tokenizer.encode(continuation), tokenizer.eos_id]
+            predictions = log_probabilities(prompt, target)[-len(target) - 1 : -1]
+            scores.append((float(predictions[range(len(target)), target].sum()), len(target)))
+        return generated, scores
+    finally:
+        destroy_process_groups()
+
+
+def _batch(config: MM1Config, tokenizer: Tokenizer, prompt: Prompt, behind: list[int]) -> PackedBatch:
+    per_image, size = config.model.connector.tokens_per_image, config.model.vision.image_size
+    tokens, images, slots = [tokenizer.bos_id], [], []
+    for part in prompt:
+        if isinstance(part, Text):
+            tokens += tokenizer.encode(part.text)
+        elif isinstance(part, Image) and not config.data.text_only:
+            images.append(part.data)
+            slots.append(range(len(tokens), len(tokens) + per_image))
+            tokens += [tokenizer.image_id] * per_image
+    row = torch.tensor([tokens + behind])
+    groups = ()
+    if images:
+        pixels, _ = ImageProcessor(size, config.model.vision.image_mean, config.model.vision.image_std)(images)
+        groups = (ImageGroup(slots=torch.tensor([list(s) for s in slots]), height=size, width=size, pixels=pixels),)
+    return PackedBatch(
+        tokens=row,
+        labels=torch.full_like(row, IGNORE),
+        position_ids=torch.arange(row.shape[1])[None],
+        segment_ids=torch.ones_like(row, dtype=torch.int32),
+        source_ids=torch.zeros_like(row),
+        images=groups,
+    )
+
+
+def with_data(config: MM1Config, **fields: Any) -> MM1Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))

@@ -1,0 +1,223 @@
+"""Generation and scoring equal one prompt at a time, one token at a time, in every batch and every parallel layout."""
+
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from megatron_mm1.config.presets import preset
+from megatron_mm1.data.records import Image, Text
+from megatron_mm1.data.tokenizer import Tokenizer, train_tokenizer
+from tests.integration import generation
+from tests.integration.generation import with_data
+from tests.parallel import jobs
+from tests.parallel.pool import WorkerError
+
+NEW_TOKENS = 6
+LAYOUTS = {
+    "TP2": ("mm1-tiny", dict(tensor_model_parallel_size=2)),
+    "TP2 + SP": ("mm1-tiny", dict(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "PP2": ("mm1-tiny", dict(pipeline_model_parallel_size=2)),
+    "DP2": ("mm1-tiny", {}),
+    "EP2": ("mm1-tiny-moe", dict(expert_model_parallel_size=2)),
+    "TP2 + SP, EP2": (
+        "mm1-tiny-moe",
+        dict(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2),
+    ),
+}
+
+
+def picture(seed: int) -> Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (20 + seed, 30, 3), np.uint8)
+    content = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(content, "PNG")
+    return Image(content.getvalue())
+
+
+A, B = picture(1), picture(2)
+PROMPTS = [
+    (A,),
+    (B,),
+    (A, Text("Question: what is this? Short answer:")),
+    (Text("the first one "), A, Text(" and the second one "), B),
+    (Text("no image at all, but a longer text than the others"),),
+    (A, A),
+]
+CONTINUATIONS = ["a cat", "a cat", " a dog", "!", "", "a somewhat longer description of it"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    words = [
+        "cat",
+        "dog",
+        "first",
+        "second",
+        "question",
+        "short",
+        "answer",
+        "what",
+        "image",
+        "longer",
+        "text",
+        "others",
+    ]
+    train_tokenizer([" ".join(words), " ".join(reversed(words))] * 20, path, vocab_size=300)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(pool, tokenizer, tmp_path_factory):
+    """`model(preset)`: (configuration of one process, checkpoint of random weights, what the slow loop makes of it)."""
+    known = {}
+
+    def get(name: str):
+        if name not in known:
+            config = with_data(preset(name), tokenizer=str(tokenizer), seq_length=64, max_images_per_sequence=4)
+            # Large weights: a model this small otherwise repeats one token whatever it sees. More rows than pieces.
+            decoder = dataclasses.replace(config.model.decoder, vocab_size=320, init_method_std=0.15)
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
+            config = jobs.with_parallel(config)
+            [checkpoint] = pool(1).run(jobs.save_initial, config, tmp_path_factory.mktemp(name))
+            arguments = (config, checkpoint, PROMPTS, CONTINUATIONS)
+            [expected] = pool(1).run(generation.run_slowly, *arguments, max_new_tokens=NEW_TOKENS)
+            known[name] = config, checkpoint, expected
+        return known[name]
+
+    return get
+
+
+@pytest.fixture
+def run(pool, model):
+    """Run the engine on mm1-tiny in one process."""
+
+    def run(prompts=PROMPTS, continuations=CONTINUATIONS, *, max_new_tokens=NEW_TOKENS, data=None, **options):
+        config, checkpoint, _ = model("mm1-tiny")
+        config = with_data(config, **(data or {}))
+        [result] = pool(1).run(
+            generation.run_engine, config, checkpoint, prompts, continuations, max_new_tokens=max_new_tokens, **options
+        )
+        return result
+
+    return run
+
+
+def assert_scores(scores, expected):
+    for score, (log_likelihood, num_tokens) in zip(scores, expected, strict=True):
+        assert score.log_likelihood == pytest.approx(log_likelihood, rel=1e-5)
+        assert score.num_tokens == num_tokens
+
+
+def test_the_reference_looks_at_its_prompt(model):
+    ids, scores = model("mm1-tiny")[2]
+    assert len({tuple(sequence) for sequence in ids}) == len(PROMPTS)
+    assert scores[0] != pytest.approx(scores[1], rel=1e-4)  # the same caption behind another image
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_ragged_batches_equal_single_prompts(run, model, batch_size):
+    ids, scores = run(batch_size=batch_size)
+    expected_ids, expected_scores = model("mm1-tiny")[2]
+    assert ids == expected_ids
+    assert_scores(scores, expected_scores)
+
+
+@pytest.mark.parametrize(("name", "sizes"), LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_equal_one_process(pool, model, name, sizes):
+    config, checkpoint, (expected_ids, expected_scores) = model(name)
+    config = jobs.with_parallel(config, **sizes)
+    arguments = (config, checkpoint, PROMPTS, CONTINUATIONS)
+    # Batches of 5 and 1: one row of an odd length is what sequence parallelism must pad.
+    ranks = pool(2).run(generation.run_engine, *arguments, max_new_tokens=NEW_TOKENS, batch_size=5)
+    for ids, scores in ranks:
+        assert ids == expected_ids
+        assert_scores(scores, expected_scores)
+
+
+def test_the_end_of_text_stops_one_prompt_and_not_the_others(run, model):
+    expected, _ = model("mm1-tiny")[2]
+    end = expected[0][2]
+    ids, _ = run(special_ids={"eos_id": end})
+    assert ids == [sequence[: sequence.index(end)] if end in sequence else sequence for sequence in expected]
+    assert len(ids[0]) <= 2 and any(len(sequence) == NEW_TOKENS for sequence in ids)
+
+
+def test_padding_is_never_generated(run, model):
+    banned = model("mm1-tiny")[2][0][0][0]
+    ids, _ = run(special_ids={"pad_id": banned})
+    assert all(banned not in sequence for sequence in ids)
+
+
+def test_a_model_trained_without_images_sees_none(run):
+    ids, _ = run([(A,), (B,), (A, Text("what")), (Text("what"),)], ["a"] * 4, data={"text_only": True})
+    assert ids[0] == ids[1]
+    assert ids[2] == ids[3]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "message"),
+    [
+        ((A,), 55, "a prompt of 10 positions and 55 new tokens do not fit the 64 positions"),
+        ((A, Image(b"no image")), 1, "image 2 of the prompts cannot be decoded"),
+    ],
+)
+def test_unusable_prompts_are_refused(run, prompt, tokens, message):
+    with pytest.raises(WorkerError, match=f"UserError: {message}"):
+        run([prompt], [""], max_new_tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "expected"),
+    [
+        ("mm1-tiny", {}, [(2, 0, True), (2, 1, True)]),
+        ("mm1-tiny", dict(tensor_model_parallel_size=2), [(1, 0, True), (1, 0, False)]),
+        ("mm1-tiny", dict(pipeline_model_parallel_size=2), [(1, 0, True), (1, 0, False)]),
+        ("mm1-tiny-moe", dict(expert_model_parallel_size=2), [(1, 0, True), (1, 0, False)]),
+    ],
+)
+def test_ranks_that_share_weights_work_on_the_same_prompts(pool, model, name, sizes, expected):
+    config = jobs.with_parallel(model(name)[0], **sizes)
+    assert pool(2).run(generation.replicas, config) == expected
+
+
+@pytest.mark.parametrize(("name", "sizes"), LAYOUTS.values(), ids=LAYOUTS)
+def test_a_task_has_the_same_outcomes_in_every_layout(pool, model, name, sizes):
+    config, checkpoint, _ = model(name)
+    task = generation.Continue(PROMPTS[:5], CONTINUATIONS[:5])  # an odd number of items, and 0, 1 or 2 scores of each
+    [expected] = pool(1).run(generation.run_task, config, checkpoint, task)
+    assert [len(outcome.scores) for outcome in expected] == [0, 1, 2, 0, 1]
+    for outcomes in pool(2).run(generation.run_task, jobs.with_parallel(config, **sizes), checkpoint, task):
+        assert [outcome.text for outcome in outcomes] == [outcome.text for outcome in expected]
+        for outcome, one_process in zip(outcomes, expected, strict=True):
+            assert_scores(outcome.scores, [(score.log_likelihood, score.num_tokens) for score in one_process.scores])
+
+
+def mm1_caption(checkpoint: Path, *images: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_mm1", "caption", "--checkpoint", checkpoint, "--image", *images]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_caption_refuses_a_file_that_is_no_image(model, tmp_path):
+    file = tmp_path / "notes.png"
+    file.write_text("no image")
+    result = mm1_caption(model("mm1-tiny")[1], file)
+    assert (result.returncode, result.stderr.strip().splitlines()[-1]) == (
+        2,
+        f"mm1: error: cannot use image {file}: not an image",
+    )
+
+
+def test_caption_refuses_another_tokenizer(model, tokenizer, tmp_path):
+    file = tmp_path / "picture.png"
+    file.write_bytes(A.data)
+    result = mm1_caption(model("mm1-tiny")[1], file)  # the checkpoint's is called "test"
+    assert result.returncode == 2
+    assert Tokenizer(tokenizer).fingerprint[:12] in result.stderr
