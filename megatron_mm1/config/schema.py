@@ -196,7 +196,9 @@ class CheckpointConfig:
     save_interval: int = 1000
     """Steps between checkpoints; one is also written after the last step. 0: only then."""
     load: str | None = None
-    """A checkpoint, or a folder of them, to start from; None: the newest of this run, if any."""
+    """A checkpoint, or a folder of them, for a new run to start from. A run that has checkpoints of its own goes on
+    from the newest of those.
+    """
     finetune: bool = False
     """Take only the weights of `load`: a new optimizer, schedule and data order, starting at step 0."""
 

@@ -72,6 +72,10 @@ class PackedBatch:
     def num_images(self) -> int:
         return sum(group.slots.shape[0] for group in self.images)
 
+    def without_pixels(self) -> "PackedBatch":
+        """The same batch for a stage that does not encode."""
+        return replace(self, images=tuple(replace(group, pixels=None) for group in self.images))
+
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on `device`; boundaries are computed here, while the batch is still on the host."""
 

@@ -23,11 +23,11 @@ class DemoCaptions:
     loss_true_image     nats per token of the true caption
     loss_other_image    the same behind the image of another concept
     loss_gain           the difference: what looking at the right image is worth
-    choice_accuracy     the true caption has a lower loss per token than each of 9 other held-out captions; chance
-                        is 0.1, and a tie is wrong
+    choice_accuracy     of ten captions the true one gains most by the right image (nats); chance is 0.1, a tie is wrong
     exact_match         the generated caption is the true one
 
-    Every concept weighs the same, in however many skin tones and styles it is drawn.
+    Every concept weighs the same, in however many skin tones and styles it is drawn. The choice goes by what a caption
+    gains and not by its likelihood alone, which says first of all how common its words are (Holtzman et al. 2021).
     """
 
     max_new_tokens = 24
@@ -46,6 +46,7 @@ class DemoCaptions:
             caption, prompt = row["caption"], document.parts[:1]
             drawn = generator.choice(captions, self.num_distractors + 1, replace=False)
             distractors = [str(other) for other in drawn if other != caption][: self.num_distractors]
+            candidates = [caption, *distractors]
             following = rows[index + 1 :] + rows[:index]
             other = next(document for other, document in following if _differ(row, other)).parts[:1]
             items.append(
@@ -53,7 +54,7 @@ class DemoCaptions:
                     key=row["image"],
                     prompt=prompt,
                     reference=caption,
-                    scored=((prompt, caption), (other, caption), *((prompt, distractor) for distractor in distractors)),
+                    scored=tuple((image, candidate) for candidate in candidates for image in (prompt, other)),
                     groups=(row["kind"],),
                     cluster=row["concept"],
                     weight=1 / drawings[row["concept"]],
@@ -62,12 +63,14 @@ class DemoCaptions:
         return items
 
     def measure(self, item: Item, outcome: Outcome) -> Mapping[str, Measure]:
-        true, other, *distractors = outcome.scores
+        true, other = outcome.scores[:2]
+        pairs = zip(outcome.scores[::2], outcome.scores[1::2], strict=True)
+        gain, *gains = [right.log_likelihood - wrong.log_likelihood for right, wrong in pairs]
         return {
             "loss_true_image": Measure(true.loss),
             "loss_other_image": Measure(other.loss),
             "loss_gain": Measure(other.loss - true.loss),
-            "choice_accuracy": Measure(float(all(true.loss < distractor.loss for distractor in distractors))),
+            "choice_accuracy": Measure(float(all(gain > distractor for distractor in gains))),
             "exact_match": Measure(float(outcome.text == item.reference)),
         }
 

@@ -52,11 +52,12 @@ def launcher_ranks() -> tuple[int, int, int]:
 
 
 def build_process_groups(parallel: ParallelConfig, *, seed: int) -> ProcessGroupCollection:
-    """Make every process group of this layout and seed the model-parallel random number generators.
+    """Make every process group of this layout and seed the random number generators.
 
     Args:
         parallel: sizes; the data-parallel size is what is left of the world size.
-        seed: base seed; tensor-parallel ranks draw different numbers where they hold different slices.
+        seed: pipeline stages draw different numbers, and so do tensor-parallel ranks where they hold different slices;
+            data-parallel ranks draw the same.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -66,8 +67,11 @@ def build_process_groups(parallel: ParallelConfig, *, seed: int) -> ProcessGroup
         create_gloo_process_groups=False,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    seed += 100 * groups.pp.rank()
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return ProcessGroupCollection.use_mpu_process_groups()
+    torch.manual_seed(seed)  # of the CPU's generator, from which plain torch modules draw
+    return groups
 
 
 def destroy_process_groups() -> None:

@@ -46,12 +46,14 @@ class CheckpointMetadata:
         consumed_sequences: sequences of the training plan already seen.
         config: the run's configuration.
         tokenizer_fingerprint: SHA-256 of the tokenizer model.
+        plan_fingerprint: of the training plan, the order in which sequences are seen.
     """
 
     iteration: int
     consumed_sequences: int
     config: dict[str, Any]
     tokenizer_fingerprint: str
+    plan_fingerprint: str
     format_version: int = FORMAT_VERSION
     code_version: str = __version__
 
@@ -183,8 +185,11 @@ def _load_model_state(model: torch.nn.Module, loaded: dict[str, Any]) -> None:
     unwrap(model).load_state_dict(loaded["model"], strict=False)
 
 
-def check_resumable(metadata: CheckpointMetadata, config: MM1Config, *, tokenizer_fingerprint: str) -> None:
-    """Refuse to continue a run in another layout, with another model or with another tokenizer.
+def check_resumable(
+    metadata: CheckpointMetadata, config: MM1Config, *, tokenizer_fingerprint: str, weights_only: bool = False
+) -> None:
+    """Refuse a checkpoint of another model or tokenizer, and, unless its weights are all that is wanted, one of another
+    layout or batch size.
 
     Raises:
         ConfigError: listing everything that differs.
@@ -197,7 +202,7 @@ def check_resumable(metadata: CheckpointMetadata, config: MM1Config, *, tokenize
         )
     if metadata.tokenizer_fingerprint != tokenizer_fingerprint:
         problems.append(_wrong_tokenizer(metadata, tokenizer_fingerprint))
-    if not config.checkpoint.finetune:
+    if not weights_only:
         names = (
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",

@@ -141,7 +141,10 @@ def run_batches(
 def _forward_step(
     data_iterator: Iterator[PackedBatch], model: torch.nn.Module, *, num_sources: int
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    batch = next(data_iterator).to(device())
+    batch = next(data_iterator)
+    if not unwrap(model).pre_process:
+        batch = batch.without_pixels()
+    batch = batch.to(device())
     return model(batch), partial(_loss, batch, num_sources=num_sources)
 
 

@@ -5,8 +5,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_mm1.config import MM1Config, ParallelConfig
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.data.batch import PackedBatch
@@ -35,7 +33,6 @@ class Run:
     def __init__(self, config: MM1Config) -> None:
         self.config = config
         self.groups = build_process_groups(config.parallel, seed=config.training.seed)
-        torch.manual_seed(config.training.seed)
         self.model = build_model(config, backend="local", pg_collection=self.groups)
         self.optimizer, self.scheduler = build_optimizer(config, self.model, pg_collection=self.groups)
 
@@ -82,7 +79,11 @@ class Run:
     def save(self, folder: Path, *, iteration: int) -> Path:
         consumed = iteration * self.config.training.global_batch_size
         metadata = CheckpointMetadata(
-            iteration=iteration, consumed_sequences=consumed, config=to_dict(self.config), tokenizer_fingerprint="test"
+            iteration=iteration,
+            consumed_sequences=consumed,
+            config=to_dict(self.config),
+            tokenizer_fingerprint="test",
+            plan_fingerprint="test",
         )
         return save_checkpoint(folder, metadata, self.model, self.optimizer, self.scheduler, pg_collection=self.groups)
 

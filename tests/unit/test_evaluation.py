@@ -53,19 +53,22 @@ def scores(*losses: float) -> tuple[Score, ...]:
 @pytest.mark.parametrize(
     ("distractors", "right"),
     [
-        ([2.0] * 9, 1.0),
-        ([2.0] * 8 + [0.9], 0.0),
-        ([2.0] * 8 + [1.0], 0.0),  # a tie is wrong
-        ([1.0] * 9, 0.0),
-        ([float("nan")] * 9, 0.0),
+        ([(2.0, 2.0)] * 9, 1.0),
+        ([(2.0, 2.0)] * 8 + [(0.1, 0.2)], 1.0),  # likelier, whatever the image
+        ([(2.0, 2.0)] * 8 + [(2.0, 2.6)], 0.0),
+        ([(2.0, 2.0)] * 8 + [(3.0, 3.5)], 0.0),  # a tie is wrong
+        ([(1.0, 1.5)] * 9, 0.0),
+        ([(float("nan"), 1.0)] * 9, 0.0),
     ],
 )
 def test_caption_choice(corpus, distractors, right):
+    """Losses of each caption behind the right and the other image; the true one gains 0.5."""
     task = DemoCaptions(corpus)
-    measures = task.measure(task.items()[0], Outcome(text="", scores=scores(1.0, 1.5, *distractors)))
+    losses = [loss for pair in [(1.0, 1.5), *distractors] for loss in pair]
+    measures = task.measure(task.items()[0], Outcome(text="", scores=scores(*losses)))
     assert measures["choice_accuracy"].value == right
-    losses = ("loss_true_image", "loss_other_image", "loss_gain")
-    assert [measures[name] for name in losses] == [Measure(1.0), Measure(1.5), Measure(0.5)]
+    names = ("loss_true_image", "loss_other_image", "loss_gain")
+    assert [measures[name] for name in names] == [Measure(1.0), Measure(1.5), Measure(0.5)]
 
 
 def test_caption_items(corpus):
@@ -75,12 +78,11 @@ def test_caption_items(corpus):
     )
     assert [item.key for item in items] != sorted(item.key for item in items)  # any beginning is a sample
     for item in items:
-        (true_prompt, true), (other_prompt, same), *distractors = item.scored
-        captions = [caption for _, caption in distractors]
-        assert true_prompt == item.prompt and true == same == item.reference
-        assert other_prompt != true_prompt
-        assert all(prompt == item.prompt for prompt, _ in distractors)
-        assert len(set(captions)) == 9 and item.reference not in captions
+        prompts, captions = zip(*item.scored, strict=True)
+        assert captions[::2] == captions[1::2] and captions[0] == item.reference
+        assert len(set(captions)) == 10
+        assert set(prompts[::2]) == {item.prompt} and len(set(prompts[1::2])) == 1
+        assert prompts[1] != item.prompt
         assert item.groups == ("unseen" if item.cluster in ("C0", "C1", "C2", "C3") else "heldstyle",)
 
 

@@ -1,0 +1,129 @@
+"""The figures a run reports: of the steps since the last console line, and of the model as it starts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mm1.config import MM1Config
+from megatron_mm1.data.batch import PackedBatch
+from megatron_mm1.parallel.device import transformer_engine_problem
+from megatron_mm1.planning.flops import step_flops
+from megatron_mm1.training.build import COMPONENTS, component_of
+from megatron_mm1.training.step import StepStatistics
+
+
+class Window:
+    """What happened since the last console line.
+
+    Args:
+        skipped, nan: counts of the run so far, which go on counting.
+    """
+
+    def __init__(self, config: MM1Config, *, skipped: int = 0, nan: int = 0) -> None:
+        self.config = config
+        self.steps = 0
+        self.seconds = self.waited = 0.0
+        self.images = 0
+        self.skipped, self.nan = skipped, nan
+
+    def add(self, statistics: StepStatistics, batches: Sequence[PackedBatch], *, seconds: float, waited: float) -> None:
+        """Count one step; `waited`: the seconds of it spent waiting for data."""
+        self.steps += 1
+        self.seconds += seconds
+        self.waited += waited
+        self.images += sum(batch.num_images for batch in batches)
+        self.skipped += statistics.skipped
+        self.nan += not math.isfinite(statistics.losses.loss)
+
+    @property
+    def sequences(self) -> int:
+        return self.steps * self.config.training.global_batch_size
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Positions per second over all ranks, padding included."""
+        return self.sequences * self.config.data.seq_length / self.seconds
+
+    def figures(
+        self, iteration: int, consumed: int, statistics: StepStatistics, rates: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """For the console line and the logs.
+
+        Args:
+            iteration, consumed: steps and sequences of the run so far.
+            statistics: of the window's last step.
+            rates: its learning rate by component.
+        """
+        world_size = torch.distributed.get_world_size()
+        parallel = self.config.parallel
+        model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        flops = step_flops(
+            self.config.model,
+            seq_length=self.config.data.seq_length,
+            num_sequences=self.sequences,
+            num_images=self.images * (world_size // model_parallel),  # this rank's share, taken as typical
+        )
+        figures: dict[str, Any] = {
+            "iteration": iteration,
+            "consumed_samples": consumed,
+            "elapsed_time_per_iteration_ms": 1000 * self.seconds / self.steps,
+            "tflops_per_gpu": flops / self.seconds / world_size / 1e12,
+            "learning_rate": rates["decoder"],
+            "global_batch_size": self.config.training.global_batch_size,
+            "lm_loss": statistics.losses.loss,
+            "grad_norm": statistics.grad_norm,
+            "skipped_iterations": self.skipped,
+            "nan_iterations": self.nan,
+        }
+        for source, loss in zip(self.config.data.sources, statistics.losses.source_losses(), strict=False):
+            if loss is not None:
+                figures[f"loss {source.name}"] = loss
+        for component in ("tower", "connector"):
+            figures[f"learning_rate {component}"] = rates[component]
+        for component, norm in (statistics.component_grad_norms or {}).items():
+            figures[f"grad_norm {component}"] = norm
+        figures["tokens_per_second"] = self.tokens_per_second
+        figures["data_wait_ms"] = 1000 * self.waited / self.steps
+        return figures
+
+
+def introduction(
+    config: MM1Config, model: DistributedDataParallel, *, backend: str, groups: ProcessGroupCollection
+) -> list[str]:
+    """Lines that say what is about to run; every rank must call it."""
+    counts = trainable_parameters(model, groups=groups)
+    parallel = config.parallel
+    layout = (
+        f"{torch.distributed.get_world_size()} processes: tensor {parallel.tensor_model_parallel_size}"
+        f"{' + sequence' if parallel.sequence_parallel else ''}, pipeline {parallel.pipeline_model_parallel_size}, "
+        f"expert {parallel.expert_model_parallel_size}, data {groups.dp.size()}"
+        f"{' (distributed optimizer)' if parallel.use_distributed_optimizer else ''}"
+    )
+    problem = transformer_engine_problem()
+    reason = f" (Transformer Engine: {problem})" if problem else ""
+    listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return [
+        f" {config.name}: {layout}",
+        f" layer backend: {backend}{reason}, precision {config.training.precision}",
+        f" trainable parameters: {listed}, in all {sum(counts.values()):,}",
+    ]
+
+
+def trainable_parameters(model: DistributedDataParallel, *, groups: ProcessGroupCollection) -> dict[str, int]:
+    """Trainable parameters of the whole model by component, each counted once however it is spread."""
+    counts = torch.zeros(2, len(COMPONENTS), dtype=torch.int64)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or getattr(parameter, "shared", False):
+            continue
+        is_expert = not getattr(parameter, "allreduce", True)
+        is_split = getattr(parameter, "tensor_model_parallel", False)
+        if is_expert or is_split or groups.tp.rank() == 0:
+            counts[int(is_expert), COMPONENTS.index(component_of(name))] += parameter.numel()
+    dense, expert = counts.to(next(model.parameters()).device)
+    torch.distributed.all_reduce(dense, group=groups.mp)
+    torch.distributed.all_reduce(expert, group=groups.tp_ep_pp)
+    return dict(zip(COMPONENTS, (dense + expert).tolist(), strict=True))
