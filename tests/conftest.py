@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import megatron_mm1.parallel  # noqa: F401  # before any test imports megatron-core
 from tests.parallel.pool import Pool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -79,7 +79,7 @@ def _law_grid(name: str, *, num_layers: int, hidden_size: int) -> MM1Config:
 def _tiny(name: str) -> MM1Config:
     """A model that learns to caption small images in minutes on two CPU cores [C]."""
     corpus = ".cache/demo-corpus"
-    mixture = {"captions": 0.40, "questions": 0.30, "interleaved": 0.20, "text": 0.10}
+    mixture = {"captions": 0.45, "questions": 0.45, "interleaved": 0.05, "text": 0.05}
 
     def sources(split: str) -> tuple[SourceConfig, ...]:
         return tuple(
@@ -91,14 +91,14 @@ def _tiny(name: str) -> MM1Config:
         name=name,
         model=ModelConfig(
             vision=VisionConfig(
-                image_size=48, patch_size=8, num_layers=4, hidden_size=128, ffn_hidden_size=512, num_attention_heads=4
+                image_size=48, patch_size=12, num_layers=4, hidden_size=128, ffn_hidden_size=512, num_attention_heads=4
             ),
             connector=ConnectorConfig(tokens_per_image=9, hidden_size=128, num_layers=1, num_attention_heads=4),
             decoder=DecoderConfig(
                 num_layers=4, hidden_size=128, ffn_hidden_size=352, num_attention_heads=4, vocab_size=4096
             ),
         ),
-        parallel=ParallelConfig(tensor_model_parallel_size=2),
+        parallel=ParallelConfig(tensor_model_parallel_size=2, vision_parallel_mode="data"),
         data=DataConfig(
             tokenizer=f"{corpus}/tokenizer.model",
             sources=sources("train"),
@@ -106,16 +106,16 @@ def _tiny(name: str) -> MM1Config:
             seq_length=256,
             num_workers=0,
         ),
-        optimizer=OptimizerConfig(lr=2e-3, lr_warmup_iters=100),
+        optimizer=OptimizerConfig(lr=2e-3, lr_warmup_iters=60),
         training=TrainingConfig(
             micro_batch_size=4,
-            global_batch_size=16,
-            train_iters=1500,
-            eval_interval=500,
+            global_batch_size=8,
+            train_iters=800,
+            eval_interval=200,
             eval_iters=4,
             precision="fp32",
         ),
-        checkpoint=CheckpointConfig(save_interval=500),
+        checkpoint=CheckpointConfig(save_interval=200),
         run_dir=f"runs/{name}",
     )
 

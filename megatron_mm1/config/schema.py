@@ -111,6 +111,9 @@ class ParallelConfig:
     sequence_parallel: bool = False
     decoder_first_pipeline_num_layers: int | None = None
     """Decoder blocks beside the tower on the first stage; None: balanced by FLOPs."""
+    vision_parallel_mode: Literal["tensor", "data"] = "tensor"
+    """How tensor-parallel ranks share the images of a microbatch: "tensor" splits the tower's layers over them like the
+    decoder's; "data" gives each the whole tower and its share of the images."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False

@@ -1,6 +1,8 @@
 """MM1Model: tower -> connector -> decoder, with image tokens injected into the decoder's input."""
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -8,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
 from megatron_mm1.config import MM1Config
@@ -16,6 +19,8 @@ from megatron_mm1.model.attention import segment_mask
 from megatron_mm1.model.connectors import build_connector
 from megatron_mm1.model.decoder import build_decoder, decoder_transformer_config
 from megatron_mm1.model.vision import build_tower, vision_layer_spec, vision_transformer_config
+from megatron_mm1.parallel.groups import solo_group
+from megatron_mm1.parallel.vision_work import gather_images, mark_replicated, reduce_gradients, share_of
 
 
 class MM1Model(MegatronModule):
@@ -42,6 +47,10 @@ class MM1Model(MegatronModule):
         self.share_embeddings_and_output_weights = not config.model.decoder.untie_embeddings_and_output_weights
         if self.pre_process:
             vision = config.model.vision
+            self.vision_group, tower_groups = None, pg_collection
+            if config.parallel.vision_parallel_mode == "data" and pg_collection.tp.size() > 1:
+                self.vision_group, tower_groups = pg_collection.tp, copy.copy(pg_collection)
+                tower_groups.tp = solo_group()
             self.image_size, self.tokens_per_image = vision.image_size, config.model.connector.tokens_per_image
             self.tower = build_tower(
                 vision,
@@ -49,8 +58,10 @@ class MM1Model(MegatronModule):
                     vision, parallel=config.parallel, precision=config.training.precision
                 ),
                 layer_spec=vision_layer_spec(backend),
-                pg_collection=pg_collection,
+                pg_collection=tower_groups,
             )
+            if self.vision_group is not None:
+                mark_replicated(self._parameters_of("tower"))
             self.connector = build_connector(
                 config.model.connector,
                 vision_hidden_size=self.tower.hidden_size,
@@ -75,9 +86,39 @@ class MM1Model(MegatronModule):
         self.language_model.set_input_tensor(input_tensor)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """[N, 3, H, W] pixels -> [N, tokens_per_image, hidden_size] image tokens."""
-        grid = self.tower.grid(*pixels.shape[-2:])
-        return self.connector(self.tower(pixels), grid)
+        """[N, 3, H, W] pixels -> [N, tokens_per_image, hidden_size] image tokens, the same on all tensor-parallel
+        ranks.
+        """
+        num_images = len(pixels)
+        if self.vision_group is not None:
+            start, stop = share_of(num_images, self.vision_group)
+            pixels = pixels[start:stop]
+        tokens = self.connector(self.tower(pixels), self.tower.grid(*pixels.shape[-2:]))
+        return tokens if self.vision_group is None else gather_images(tokens, num_images, self.vision_group)
+
+    def _parameters_of(self, *parts: str) -> list[torch.nn.Parameter]:
+        return [parameter for name, parameter in self.named_parameters() if name.split(".")[0] in parts]
+
+    def finalize_vision_gradients(self) -> None:
+        """Add up what ranks that encoded different images found for tower and connector; every rank calls it once,
+        after the backward passes of a step.
+        """
+        if self.pre_process and self.vision_group is not None:
+            reduce_gradients(self._parameters_of("tower", "connector"), self.vision_group)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """This rank's tensors for a distributed checkpoint; `metadata` has `dp_cp_group`, the replicas of this rank."""
+        state: dict[str, Any] = {}
+        for name, module in self.named_children():
+            replicas = dict(metadata or {})
+            if name == "tower" and self.vision_group is not None:
+                replicas["dp_cp_group"] = self.pg_collection.tp_dp_cp  # whole on tensor-parallel ranks too
+            state |= sharded_state_dict_default(
+                module, f"{prefix}{name}.", sharded_offsets, replicas, tp_group=self.pg_collection.tp
+            )
+        return state
 
     def embed(self, batch: PackedBatch, *, image_tokens: Sequence[Tensor] | None = None) -> Tensor:
         """Text embeddings with image tokens in their slots: [T, 1, H].

@@ -82,7 +82,9 @@ def vision_transformer_config(vision: VisionConfig, *, parallel: ParallelConfig,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=INIT_STD,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        tensor_model_parallel_size=(
+            1 if parallel.vision_parallel_mode == "data" else parallel.tensor_model_parallel_size
+        ),
         pipeline_model_parallel_size=1,
         sequence_parallel=False,
         bf16=bf16,

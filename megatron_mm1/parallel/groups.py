@@ -74,6 +74,11 @@ def build_process_groups(parallel: ParallelConfig, *, seed: int) -> ProcessGroup
     return groups
 
 
+def solo_group() -> torch.distributed.ProcessGroup:
+    """A group of this rank alone, for modules that take a group and shall not be split."""
+    return torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+
+
 def destroy_process_groups() -> None:
     """Undo `build_process_groups`, so that the same processes can try another layout."""
     parallel_state.destroy_model_parallel()

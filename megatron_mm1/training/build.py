@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -66,8 +67,15 @@ def build_model(config: MM1Config, *, backend: str, pg_collection: ProcessGroupC
     )
     wrapped.broadcast_params()
     transformer_config.no_sync_func = wrapped.no_sync
-    transformer_config.finalize_model_grads_func = finalize_model_grads
+    transformer_config.finalize_model_grads_func = _finalize_gradients
     return wrapped
+
+
+def _finalize_gradients(model: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
+    """megatron-core's reductions over data-parallel ranks, sequence slices and tied weights, then ours over images."""
+    finalize_model_grads(model, *args, **kwargs)
+    for chunk in model:
+        unwrap(chunk).finalize_vision_gradients()
 
 
 def build_optimizer(

@@ -15,6 +15,7 @@ from tests.parallel.test_layouts import config_of
 LAYOUTS = {
     "one process": (1, "mm1-tiny", {}),
     "TP2": (2, "mm1-tiny", dict(tensor_model_parallel_size=2)),
+    "TP2, images shared out": (2, "mm1-tiny", dict(tensor_model_parallel_size=2, vision_parallel_mode="data")),
     "PP2": (2, "mm1-tiny", dict(pipeline_model_parallel_size=2)),
     "DP2": (2, "mm1-tiny", {}),
     "DP2, distributed optimizer": (2, "mm1-tiny", dict(use_distributed_optimizer=True)),

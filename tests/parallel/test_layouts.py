@@ -17,6 +17,10 @@ DENSE_LAYOUTS = {
     "DP2, distributed optimizer": dict(use_distributed_optimizer=True),
     "DP2, overlapped reduction": dict(overlap_grad_reduce=True),
     "TP2 x PP2": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    "TP2, images shared out": dict(tensor_model_parallel_size=2, vision_parallel_mode="data"),
+    "TP2 + SP, images shared out": dict(
+        tensor_model_parallel_size=2, sequence_parallel=True, vision_parallel_mode="data"
+    ),
 }
 MOE_LAYOUTS = {
     "EP2": dict(expert_model_parallel_size=2),
