@@ -16,8 +16,9 @@ mm1 data demo
 torchrun --standalone --nproc-per-node 2 -m megatron_mm1 train --preset mm1-tiny --run_dir "$run" \
   --logging.progress_bar true "$@"
 
-torchrun --standalone --nproc-per-node 2 -m megatron_mm1 eval --checkpoint "$run" \
-  --task demo_captions --task demo_questions --limit 200 --output "$run/eval"
+# Here each process holds the whole model and takes half of the items: a checkpoint loads into any layout.
+torchrun --standalone --nproc-per-node 2 -m megatron_mm1 eval --checkpoint "$run" --tensor-model-parallel-size 1 \
+  --task demo_captions --task demo_questions --limit 400 --output "$run/eval"
 
 echo "checkpoint:      $run/checkpoints/$(cat "$run/checkpoints/latest")"
 echo "logs:            $run/log.jsonl, tensorboard --logdir $run/tensorboard"

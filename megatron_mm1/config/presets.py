@@ -110,7 +110,7 @@ def _tiny(name: str) -> MM1Config:
         training=TrainingConfig(
             micro_batch_size=4,
             global_batch_size=8,
-            train_iters=800,
+            train_iters=600,
             eval_interval=200,
             eval_iters=4,
             precision="fp32",

@@ -75,6 +75,7 @@ def _install_runtime() -> None:
     cuda.stream = _inert_context
     cuda.is_current_stream_capturing = lambda: False
     _silence("torch.utils.cpp_extension", "No CUDA runtime is found")
+    _silence("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated")
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 

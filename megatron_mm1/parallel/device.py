@@ -1,5 +1,6 @@
 """Which device and layer backend this process runs on, decided before megatron-core is imported."""
 
+import os
 import sys
 import warnings
 from functools import cache
@@ -36,9 +37,13 @@ def transformer_engine_problem() -> str | None:
 @cache
 def prepare() -> None:
     """Ready the process for megatron-core. Idempotent."""
+    # Read when CUDA starts: lets megatron-core's collectives overlap with the products they wait for.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if transformer_engine_problem():
         # megatron-core says so in six places on import; `transformer_engine_problem` says it once, with the reason.
         warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
+    for unused in ("full scope is deprecated", "MimoModelConfig is experimental"):
+        warnings.filterwarnings("ignore", message=unused, category=UserWarning)
     if not torch.cuda.is_available():
         cpu.install()
 

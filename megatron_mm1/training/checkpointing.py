@@ -20,6 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mm1 import __version__
 from megatron_mm1.config import MM1Config
@@ -176,7 +177,7 @@ def load_checkpoint(
 def _read_state(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(sharded_state, str(checkpoint), verify_integrity=True)
-    except Exception as error:  # what is raised depends on which file is damaged and how
+    except (Exception, CheckpointException) as error:  # which one depends on what is wrong; torch's is no Exception
         raise UserError(f"cannot load checkpoint {checkpoint}: {_first_line(error)}") from error
 
 

@@ -78,7 +78,11 @@ def save(run: Path, config, *, iteration: int) -> None:
     step = run / "checkpoints" / f"step-{iteration:08d}"
     step.mkdir(parents=True)
     metadata = CheckpointMetadata(
-        iteration=iteration, consumed_sequences=0, config=to_dict(config), tokenizer_fingerprint="t"
+        iteration=iteration,
+        consumed_sequences=0,
+        config=to_dict(config),
+        tokenizer_fingerprint="t",
+        plan_fingerprint="p",
     )
     (step / "mm1.json").write_text(json.dumps(asdict(metadata)))
     (run / "checkpoints" / "latest").write_text(step.name)
