@@ -1,6 +1,7 @@
 """The `mm1` command. Each subcommand imports what it needs when it runs, so that the rest starts without torch."""
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -57,7 +58,12 @@ def data_prepare(args: argparse.Namespace) -> None:
 def data_demo(args: argparse.Namespace) -> None:
     from megatron_mm1.data.demo import build_demo_corpus
 
-    build_demo_corpus(args.output, seed=args.seed)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    corpus = build_demo_corpus(args.output, seed=args.seed)
+    print(f"demo corpus in {args.output}:")
+    for name, splits in corpus["counts"].items():
+        held_out = splits["validation"]["documents"]
+        print(f"  {name:<12} {splits['train']['documents']:>7,} documents to train on, {held_out:,} held out")
 
 
 def evaluate(args: argparse.Namespace) -> None:

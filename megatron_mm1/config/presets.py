@@ -14,6 +14,7 @@ from megatron_mm1.config.schema import (
     ConnectorConfig,
     DataConfig,
     DecoderConfig,
+    LoggingConfig,
     MM1Config,
     ModelConfig,
     MoEConfig,
@@ -116,6 +117,7 @@ def _tiny(name: str) -> MM1Config:
             precision="fp32",
         ),
         checkpoint=CheckpointConfig(save_interval=200),
+        logging=LoggingConfig(log_interval=50),
         run_dir=f"runs/{name}",
     )
 

@@ -107,6 +107,17 @@ def read_figures(output: Path) -> dict[str, Figures]:
         raise UserError(f"{file} is damaged: run `mm1 eval` again") from error
 
 
+def samples(output: Path, *, per_task: int = 6) -> str:
+    """The first answers of each task beside the truth, for a console; empty where no task generates text."""
+    shown: dict[str, list[str]] = {}
+    for line in (output / ITEMS).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        lines = shown.setdefault(row["task"], [])
+        if row["output"] and len(lines) < per_task:
+            lines.append(f"  {row['prompt']}\n      model: {row['output']}\n      truth: {row['reference']}")
+    return "\n".join("\n".join([f"{task}, held out:", *lines]) for task, lines in shown.items() if lines)
+
+
 def table(tasks: Mapping[str, Figures]) -> str:
     """The figures for a console: mean and interval of each measure by group."""
     lines = [f"{'task':<16}{'group':<18}{'measure':<18}{'mean [95 % interval]':<26}{'items':>7}"]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.contact_sheet import Panel, write_contact_sheet
-from megatron_mm1.evaluation.report import Figures, MeasuredItem, table, write_results
+from megatron_mm1.evaluation.report import Figures, MeasuredItem, samples, table, write_results
 from megatron_mm1.evaluation.task import Item, Outcome, Task, build_task
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.loading import AS_TRAINED, ParallelSizes, open_engine
@@ -34,6 +34,7 @@ def evaluate_main(args: Namespace) -> None:
         sizes=ParallelSizes(tensor_model_parallel_size=args.tensor_model_parallel_size),
     )
     if results is not None:
+        print(samples(args.output))
         print(table(results))
         print(f"written to {args.output}")
 

@@ -11,6 +11,15 @@ from megatron_mm1.errors import UserError
 from megatron_mm1.parallel import cpu
 
 
+_INNER_WARNINGS = (
+    "full scope is deprecated",
+    "MimoModelConfig is experimental",
+    "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",
+    "The argument order of load has been changed",
+)
+"""About how megatron-core calls itself or torch: nothing that a user of ours does or could change."""
+
+
 @cache
 def transformer_engine_problem() -> str | None:
     """Why Transformer Engine cannot be used here; None where it can.
@@ -42,8 +51,8 @@ def prepare() -> None:
     if transformer_engine_problem():
         # megatron-core says so in six places on import; `transformer_engine_problem` says it once, with the reason.
         warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
-    for unused in ("full scope is deprecated", "MimoModelConfig is experimental"):
-        warnings.filterwarnings("ignore", message=unused, category=UserWarning)
+    for about_megatron_core_itself in _INNER_WARNINGS:
+        warnings.filterwarnings("ignore", message=about_megatron_core_itself, category=UserWarning)
     if not torch.cuda.is_available():
         cpu.install()
 
