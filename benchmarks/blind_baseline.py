@@ -2,8 +2,8 @@
 
     python benchmarks/blind_baseline.py --sighted runs/quickstart --blind runs/blind
 
-The blind model has the same size, steps, seed and data, with `data.text_only` set: images and their positions are
-left out, so as many positions hold more examples. It is trained first, unless it is there already. Both are then
+The blind model has the same size, steps and seed, and sees the same examples in the same order, with `data.text_only`
+set: images and their positions are left out. It is trained first, unless it is there already. Both are then
 evaluated on the held-out part of the demo corpus, the blind one without the images. Goals: 95 % bootstrap intervals
 that do not overlap.
 """

@@ -146,7 +146,7 @@ class DataConfig:
     packing_lookahead: int = 64
     """Sequences kept open while packing best-fit."""
     text_only: bool = False
-    """Drop every image and its slots: the same model trained blind."""
+    """Leave every image and its slots out: the same examples in the same sequences, seen blind."""
     num_workers: int = 2
     """Loader processes per rank; 0 decodes in a thread of the training process."""
     seed: int = 1234

@@ -244,7 +244,7 @@ def _pipeline(config: MM1Config, world_size: int) -> Iterator[str]:
 def _sequence(config: MM1Config, world_size: int) -> Iterator[str]:
     data, tokens = config.data, config.model.connector.tokens_per_image
     needed = data.max_images_per_sequence * tokens + 2
-    if not data.text_only and needed > data.seq_length:
+    if needed > data.seq_length:
         fitting = (data.seq_length - 2) // tokens
         yield (
             f"max_images_per_sequence {data.max_images_per_sequence} x tokens_per_image {tokens} + 2 = {needed} "

@@ -34,7 +34,6 @@ def packing_limits(config: MM1Config) -> PackingLimits:
         max_images=config.data.max_images_per_sequence,
         tokens_per_image=config.model.connector.tokens_per_image,
         lookahead=config.data.packing_lookahead,
-        text_only=config.data.text_only,
     )
 
 

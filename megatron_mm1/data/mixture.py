@@ -44,7 +44,6 @@ class PackingLimits:
     max_images: int
     tokens_per_image: int
     lookahead: int
-    text_only: bool = False
 
 
 class PackedSource:
@@ -53,7 +52,7 @@ class PackedSource:
     Args:
         name: the source's name, part of the key of its order.
         source: the prepared data.
-        limits: what a sequence holds. With `text_only` images take no positions.
+        limits: what a sequence holds.
         seed: of the order.
     """
 
@@ -127,11 +126,9 @@ class Plan:
 
 def _cut(source: IndexedSource, limits: PackingLimits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pieces [n, 3] (document, start, stop) with their lengths [n] and numbers of images [n]; none is empty."""
-    per_image = 0 if limits.text_only else limits.tokens_per_image
+    per_image = limits.tokens_per_image
     num_tokens, num_images, lengths = source.num_tokens, source.num_images, source.lengths(per_image)
-    fits = lengths <= limits.seq_length
-    if not limits.text_only:
-        fits &= num_images <= limits.max_images
+    fits = (lengths <= limits.seq_length) & (num_images <= limits.max_images)
     whole = np.flatnonzero(fits)
     pieces_of = [np.stack([whole, np.zeros_like(whole), num_tokens[whole]], axis=1)]
     images_of = [num_images[whole]]
@@ -142,14 +139,14 @@ def _cut(source: IndexedSource, limits: PackingLimits) -> tuple[np.ndarray, np.n
             positions.tolist(),
             tokens_per_image=per_image,
             seq_length=limits.seq_length,
-            max_images=len(positions) if limits.text_only else limits.max_images,
+            max_images=limits.max_images,
         )
         pieces_of.append(np.array([(document, start, stop) for start, stop in stretches], np.int64))
         images_of.append(np.diff(np.searchsorted(positions, [0, *(stop for _, stop in stretches)])))
     pieces, images = np.concatenate(pieces_of), np.concatenate(images_of)
     lengths = pieces[:, 2] - pieces[:, 1] + images * (per_image - 1)
     filled = lengths > 0
-    return pieces[filled], lengths[filled], np.zeros_like(images[filled]) if limits.text_only else images[filled]
+    return pieces[filled], lengths[filled], images[filled]
 
 
 def _quotas(weights: Sequence[float]) -> np.ndarray:

@@ -5,6 +5,7 @@ that follows it), so a checkpoint written with one loads with the other.
 """
 
 import dataclasses
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -48,6 +50,43 @@ class LocalHybridStack(HybridStack):
             self.final_norm = LocalNorm(config, config.hidden_size, config.layernorm_epsilon)
 
 
+@dataclass(frozen=True)
+class _Modules:
+    """What the two backends build a layer from; `fused_norm`: the norm before a linear layer is part of it."""
+
+    stack: type
+    norm: type
+    column_parallel: type
+    row_parallel: type
+    core_attention: type
+    mask: AttnMaskType
+    fused_norm: bool
+
+
+def _modules(backend: str) -> _Modules:
+    if backend == "local":
+        return _Modules(
+            stack=LocalHybridStack,
+            norm=LocalNorm,
+            column_parallel=ColumnParallelLinear,
+            row_parallel=RowParallelLinear,
+            core_attention=LocalAttention,
+            mask=AttnMaskType.arbitrary,  # the mask given at run time says everything
+            fused_norm=False,
+        )
+    from megatron.core.extensions import transformer_engine as te
+
+    return _Modules(
+        stack=HybridStack,
+        norm=te.TENorm,
+        column_parallel=te.TELayerNormColumnParallelLinear,
+        row_parallel=te.TERowParallelLinear,
+        core_attention=te.TEDotProductAttention,
+        mask=AttnMaskType.padding_causal,
+        fused_norm=True,
+    )
+
+
 def decoder_stack_spec(backend: str, *, qk_layernorm: bool) -> ModuleSpec:
     """The decoder's stack: one layer spec per symbol of the layer pattern (`*` attention, `-` dense FFN, `E` experts).
 
@@ -55,11 +94,42 @@ def decoder_stack_spec(backend: str, *, qk_layernorm: bool) -> ModuleSpec:
         backend: "transformer_engine" or "local".
         qk_layernorm: normalise queries and keys per head.
     """
-    return _transformer_engine_stack(qk_layernorm) if backend == "transformer_engine" else _local_stack(qk_layernorm)
-
-
-def _attention_spec(submodules: SelfAttentionSubmodules, mask: AttnMaskType) -> ModuleSpec:
-    return ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=submodules)
+    modules = _modules(backend)
+    norm = IdentityOp if modules.fused_norm else modules.norm
+    qk_norm = modules.norm if qk_layernorm else None
+    attention = SelfAttentionSubmodules(
+        linear_qkv=modules.column_parallel,
+        core_attention=modules.core_attention,
+        linear_proj=modules.row_parallel,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    attention_layer = TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": modules.mask}, submodules=attention),
+        self_attn_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    )
+    mlp = MLPSubmodules(linear_fc1=modules.column_parallel, linear_fc2=modules.row_parallel)
+    mlp_layer = TransformerLayerSubmodules(
+        pre_mlp_layernorm=norm,
+        mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+    )
+    moe_layer = TransformerLayerSubmodules(
+        pre_mlp_layernorm=modules.norm,  # several linear layers follow it, so it is never fused
+        mlp=_experts_spec(use_te=backend == "transformer_engine"),
+        mlp_bda=get_bias_dropout_add,
+    )
+    return ModuleSpec(
+        module=modules.stack,
+        submodules=HybridStackSubmodules(
+            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention_layer),
+            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp_layer),
+            moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=moe_layer),
+        ),
+    )
 
 
 def _experts_spec(*, use_te: bool) -> MlpBuilder:
@@ -67,93 +137,3 @@ def _experts_spec(*, use_te: bool) -> MlpBuilder:
     experts = get_moe_module_spec(use_te=use_te, num_experts=1, moe_grouped_gemm=use_te)
     submodules = experts.keywords["submodules"]
     return partial(MoELayer, submodules=dataclasses.replace(submodules, router=Router))
-
-
-def _local_stack(qk_layernorm: bool) -> ModuleSpec:
-    qk_norm = LocalNorm if qk_layernorm else None
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=LocalAttention,
-        linear_proj=RowParallelLinear,
-        q_layernorm=qk_norm,
-        k_layernorm=qk_norm,
-    )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    return ModuleSpec(
-        module=LocalHybridStack,
-        submodules=HybridStackSubmodules(
-            attention_layer=ModuleSpec(
-                module=TransformerLayer,
-                submodules=TransformerLayerSubmodules(
-                    input_layernorm=LocalNorm,
-                    # The mask given at run time says everything.
-                    self_attention=_attention_spec(attention, AttnMaskType.arbitrary),
-                    self_attn_bda=get_bias_dropout_add,
-                    sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
-                ),
-            ),
-            mlp_layer=ModuleSpec(
-                module=MLPLayer,
-                submodules=TransformerLayerSubmodules(
-                    pre_mlp_layernorm=LocalNorm,
-                    mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
-                    mlp_bda=get_bias_dropout_add,
-                    sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
-                ),
-            ),
-            moe_layer=ModuleSpec(
-                module=MoETransformerLayer,
-                submodules=TransformerLayerSubmodules(
-                    pre_mlp_layernorm=LocalNorm,
-                    mlp=_experts_spec(use_te=False),
-                    mlp_bda=get_bias_dropout_add,
-                ),
-            ),
-        ),
-    )
-
-
-def _transformer_engine_stack(qk_layernorm: bool) -> ModuleSpec:
-    from megatron.core.extensions.transformer_engine import (
-        TEDotProductAttention,
-        TELayerNormColumnParallelLinear,
-        TENorm,
-        TERowParallelLinear,
-    )
-
-    qk_norm = TENorm if qk_layernorm else None
-    attention = SelfAttentionSubmodules(
-        linear_qkv=TELayerNormColumnParallelLinear,
-        core_attention=TEDotProductAttention,
-        linear_proj=TERowParallelLinear,
-        q_layernorm=qk_norm,
-        k_layernorm=qk_norm,
-    )
-    mlp = MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)
-    return ModuleSpec(
-        module=HybridStack,
-        submodules=HybridStackSubmodules(
-            attention_layer=ModuleSpec(
-                module=TransformerLayer,
-                submodules=TransformerLayerSubmodules(
-                    self_attention=_attention_spec(attention, AttnMaskType.padding_causal),
-                    self_attn_bda=get_bias_dropout_add,
-                ),
-            ),
-            mlp_layer=ModuleSpec(
-                module=MLPLayer,
-                submodules=TransformerLayerSubmodules(
-                    mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
-                    mlp_bda=get_bias_dropout_add,
-                ),
-            ),
-            moe_layer=ModuleSpec(
-                module=MoETransformerLayer,
-                submodules=TransformerLayerSubmodules(
-                    pre_mlp_layernorm=TENorm,
-                    mlp=_experts_spec(use_te=True),
-                    mlp_bda=get_bias_dropout_add,
-                ),
-            ),
-        ),
-    )

@@ -10,7 +10,6 @@ import torch
 from megatron_mm1.errors import UserError
 from megatron_mm1.parallel import cpu
 
-
 _INNER_WARNINGS = (
     "full scope is deprecated",
     "MimoModelConfig is experimental",

@@ -7,7 +7,7 @@ of the pattern.
 
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.derived import is_moe_block
-from megatron_mm1.planning.pipeline import first_stage_blocks
+from megatron_mm1.planning.pipeline import balanced_stage_blocks
 
 
 def blocks_per_stage(config: MM1Config) -> list[int]:
@@ -20,7 +20,7 @@ def blocks_per_stage(config: MM1Config) -> list[int]:
     first = config.parallel.decoder_first_pipeline_num_layers
     if first is None or stages == 1:
         images = config.data.seq_length / 2 / config.model.connector.tokens_per_image
-        return first_stage_blocks(
+        return balanced_stage_blocks(
             config.model,
             pipeline_size=stages,
             seq_length=config.data.seq_length,

@@ -9,7 +9,7 @@ from megatron_mm1.errors import ConfigError
 from megatron_mm1.planning.flops import decoder_block_flops, output_flops, vision_flops
 
 
-def first_stage_blocks(
+def balanced_stage_blocks(
     model: ModelConfig, *, pipeline_size: int, seq_length: int, images_per_sequence: float
 ) -> list[int]:
     """Decoder blocks per stage such that the slowest stage has the fewest FLOPs.

@@ -306,6 +306,6 @@ def _write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
     return text[:300]

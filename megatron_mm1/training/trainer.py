@@ -103,6 +103,7 @@ class Run:
         self.config, self.tokenizer, self.groups = config, tokenizer, groups
         self.iteration = self.consumed = 0
         self.plan = training_plan(config, tokenizer=tokenizer)
+        self.plan_fingerprint = self.plan.fingerprint + (" text only" if config.data.text_only else "")
         # The first stage encodes images; the last must know which could not be decoded, to leave their examples out.
         decodes = groups.pp.rank() in (0, groups.pp.size() - 1)
         place = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size(), "with_pixels": decodes}
@@ -133,7 +134,7 @@ class Run:
             load_weights(start.checkpoint, self.model, pg_collection=self.groups)
             self.optimizer.reload_model_params()
             return
-        if start.metadata.plan_fingerprint != self.plan.fingerprint:
+        if start.metadata.plan_fingerprint != self.plan_fingerprint:
             raise UserError(
                 f"{start.checkpoint} was trained on another data plan (sources, weights, packing or data.seed differ): "
                 "restore data.* as in its config.yaml, or start anew from its weights with --checkpoint.finetune true"
@@ -200,7 +201,7 @@ class Run:
             consumed_sequences=self.consumed,
             config=to_dict(self.config),
             tokenizer_fingerprint=self.tokenizer.fingerprint,
-            plan_fingerprint=self.plan.fingerprint,
+            plan_fingerprint=self.plan_fingerprint,
         )
         path = save_checkpoint(
             Path(self.config.run_dir) / "checkpoints",

@@ -94,19 +94,19 @@ BROKEN = [
     (
         "mm1-tiny",
         2,
-        "--tokens_per_image 49 --max_images_per_sequence 2",
+        "--patch_size 8 --tokens_per_image 49 --max_images_per_sequence 2",
         "tokens_per_image 49 is more than the tower's 36 patches: use 36 or fewer",
     ),
     (
         "mm1-tiny",
         2,
-        "--tokens_per_image 50 --max_images_per_sequence 2",
+        "--patch_size 8 --tokens_per_image 50 --max_images_per_sequence 2",
         "tokens_per_image 50 is no square, and c_abstractor makes a square grid: use 36",
     ),
     (
         "mm1-tiny",
         2,
-        "--connector mlp",
+        "--patch_size 8 --connector mlp",
         "tokens_per_image 9 is not the tower's 36 patches, and mlp keeps them all: use 36",
     ),
     (
@@ -201,10 +201,15 @@ BROKEN = [
     (
         "mm1-tiny",
         2,
-        "--train_iters 100",
+        "--train_iters 100 --lr_warmup_iters 100",
         "lr_warmup_iters 100 is not less than train_iters 100, warm-up included: use 99",
     ),
-    ("mm1-tiny", 2, "--lr_decay_iters 50", "lr_warmup_iters 100 is not less than lr_decay_iters 50"),
+    (
+        "mm1-tiny",
+        2,
+        "--lr_decay_iters 50 --lr_warmup_iters 100",
+        "lr_warmup_iters 100 is not less than lr_decay_iters 50",
+    ),
     ("mm1-tiny", 2, "--finetune", "checkpoint.finetune takes the weights of checkpoint.load, which is null"),
 ]
 
@@ -260,8 +265,8 @@ LEGAL = [
     ("mm1-tiny", 4, f"{TP} 1 {PP} 4"),
     ("mm1-tiny", 2, f"{TP} 1"),
     ("mm1-tiny", 2, "--untie_embeddings_and_output_weights false"),
-    ("mm1-tiny", 2, "--text_only --max_images_per_sequence 100"),
-    ("mm1-tiny", 2, "--connector mlp --tokens_per_image 36 --max_images_per_sequence 7"),
+    ("mm1-tiny", 2, "--text_only"),
+    ("mm1-tiny", 2, "--patch_size 8 --connector mlp --tokens_per_image 36 --max_images_per_sequence 7"),
     ("mm1-tiny", 2, "--connector attention_pool --tokens_per_image 7"),
     ("mm1-tiny", 2, "--connector my.own.Connector --tokens_per_image 11"),
     ("mm1-tiny", 2, "--precision fp32 --layer_backend transformer_engine"),

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mm1.config.presets import preset
 from megatron_mm1.errors import ConfigError
-from megatron_mm1.planning.pipeline import balanced_split, first_stage_blocks
+from megatron_mm1.planning.pipeline import balanced_split, balanced_stage_blocks
 
 
 def stage_costs(costs: list[float], counts: list[int], first: float, last: float) -> list[float]:
@@ -46,8 +46,8 @@ def test_equal_blocks_are_spread_evenly() -> None:
 
 def test_the_stage_with_the_tower_gets_fewer_blocks() -> None:
     model = preset("mm1-30b").model
-    blind = first_stage_blocks(model, pipeline_size=8, seq_length=4096, images_per_sequence=0)
-    seeing = first_stage_blocks(model, pipeline_size=8, seq_length=4096, images_per_sequence=14.2)
+    blind = balanced_stage_blocks(model, pipeline_size=8, seq_length=4096, images_per_sequence=0)
+    seeing = balanced_stage_blocks(model, pipeline_size=8, seq_length=4096, images_per_sequence=14.2)
     assert blind[0] == 6 and seeing[0] < 6
     assert sum(seeing) == sum(blind) == 48
 
