@@ -143,13 +143,7 @@ def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     evaluation.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
     evaluation.add_argument("--limit", type=_positive_int, metavar="N", help="examples per task at most")
-    evaluation.add_argument(
-        "--tensor-model-parallel-size",
-        "--tensor_model_parallel_size",
-        type=_positive_int,
-        metavar="N",
-        help="instead of the checkpoint's",
-    )
+    _add_parallel_sizes(evaluation)
 
 
 def _add_caption(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -159,6 +153,19 @@ def _add_caption(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     captioning.add_argument(
         "--max-new-tokens", "--max_new_tokens", type=_positive_int, default=32, metavar="N", help="(%(default)s)"
     )
+    _add_parallel_sizes(captioning)
+
+
+def _add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
+    for dimension in ("tensor", "pipeline", "expert"):
+        option = f"--{dimension}-model-parallel-size"
+        parser.add_argument(
+            option,
+            option.replace("-", "_").replace("__", "--", 1),
+            type=_positive_int,
+            metavar="N",
+            help="instead of the checkpoint's",
+        )
 
 
 def _add(

@@ -80,7 +80,7 @@ def _law_grid(name: str, *, num_layers: int, hidden_size: int) -> MM1Config:
 def _tiny(name: str) -> MM1Config:
     """A model that learns to caption small images in minutes on two CPU cores [C]."""
     corpus = ".cache/demo-corpus"
-    mixture = {"captions": 0.55, "questions": 0.39, "interleaved": 0.03, "text": 0.03}
+    mixture = {"captions": 0.50, "questions": 0.44, "interleaved": 0.03, "text": 0.03}
 
     def sources(split: str) -> tuple[SourceConfig, ...]:
         return tuple(
@@ -94,7 +94,7 @@ def _tiny(name: str) -> MM1Config:
             vision=VisionConfig(
                 image_size=48, patch_size=12, num_layers=4, hidden_size=128, ffn_hidden_size=512, num_attention_heads=4
             ),
-            connector=ConnectorConfig(tokens_per_image=9, hidden_size=128, num_layers=1, num_attention_heads=4),
+            connector=ConnectorConfig(tokens_per_image=4, hidden_size=128, num_layers=1, num_attention_heads=4),
             decoder=DecoderConfig(
                 num_layers=4, hidden_size=128, ffn_hidden_size=352, num_attention_heads=4, vocab_size=4096
             ),
@@ -109,14 +109,14 @@ def _tiny(name: str) -> MM1Config:
         ),
         optimizer=OptimizerConfig(lr=3e-3, lr_warmup_iters=60),
         training=TrainingConfig(
-            micro_batch_size=4,
+            micro_batch_size=8,
             global_batch_size=8,
-            train_iters=700,
-            eval_interval=200,
+            train_iters=750,
+            eval_interval=250,
             eval_iters=4,
             precision="fp32",
         ),
-        checkpoint=CheckpointConfig(save_interval=200),
+        checkpoint=CheckpointConfig(save_interval=250),
         logging=LoggingConfig(log_interval=50),
         run_dir=f"runs/{name}",
     )

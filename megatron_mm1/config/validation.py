@@ -127,6 +127,8 @@ def _vision_shape(config: MM1Config, world_size: int) -> Iterator[str]:
 
 def _vision_tensor_parallel(config: MM1Config, world_size: int) -> Iterator[str]:
     vision, size = config.model.vision, config.parallel.tensor_model_parallel_size
+    if config.parallel.vision_parallel_mode == "data" or vision.tower != "vit":
+        return
     if vision.num_attention_heads % size:
         yield _not_split("vision.num_attention_heads", vision.num_attention_heads, size)
     if vision.ffn_hidden_size % size:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 DEMO_CORPUS = Path(".cache/demo-corpus")
 SPLITS = ("train", "validation")
-_VERSION = 1
+_VERSION = 2
 _VOCAB_SIZE = 4096
 _LICENCES = {
     "emoji-datasource-twitter": "pictures CC-BY 4.0 (Twemoji), names and categories MIT",

@@ -18,7 +18,7 @@ from megatron_mm1.errors import UserError
 
 STYLES = ("twemoji", "noto")
 EMOJI_SIDE = 64
-_UNSEEN_CONCEPTS, _HELD_STYLE_CONCEPTS = 130, 200
+_UNSEEN_CONCEPTS, _HELD_STYLE_CONCEPTS = 130, 500
 _SKIN_TONES = {
     "1F3FB": "light skin tone",
     "1F3FC": "medium-light skin tone",

@@ -5,6 +5,7 @@ data-parallel size sees the same global batches, and a run resumes from the numb
 """
 
 import itertools
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -207,6 +208,12 @@ def _itself(batch: Any) -> Any:
     return batch
 
 
+def _without_gpus(worker: int) -> None:
+    """Workers decode on the CPU, but DALI opens a context on the first GPU it sees, and a pool of a thread per core."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("DALI_NUM_THREADS", "1")
+
+
 def _worker_loader(dataset: Dataset, indices: Iterable[Any], *, num_workers: int) -> DataLoader:
     """Worker processes are spawned, not forked: a fork after DALI or CUDA was used hangs."""
     return DataLoader(
@@ -216,6 +223,7 @@ def _worker_loader(dataset: Dataset, indices: Iterable[Any], *, num_workers: int
         num_workers=num_workers,
         collate_fn=_itself,
         multiprocessing_context="spawn",
+        worker_init_fn=_without_gpus,
         prefetch_factor=_PREFETCH,
         persistent_workers=True,
     )

@@ -24,10 +24,6 @@ class Interval:
     high: float
     count: int
 
-    def is_below(self, other: "Interval") -> bool:
-        """Whether the whole interval lies below the other's."""
-        return self.high < other.low
-
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 

@@ -25,13 +25,13 @@ _PANELS_PER_TASK = 12
 
 
 def evaluate_main(args: Namespace) -> None:
-    """`mm1 eval`: `args` has checkpoint, task (names), output, limit and tensor_model_parallel_size (or None)."""
+    """`mm1 eval`: `args` has checkpoint, task (names), output, limit and the fields of `ParallelSizes`."""
     results = evaluate(
         args.checkpoint,
         args.task,
         args.output,
         limit=args.limit,
-        sizes=ParallelSizes(tensor_model_parallel_size=args.tensor_model_parallel_size),
+        sizes=ParallelSizes.of(args),
     )
     if results is not None:
         print(samples(args.output))

@@ -8,17 +8,18 @@ import torch
 from megatron_mm1.data.images import UnusableImage, check_image
 from megatron_mm1.data.records import Image
 from megatron_mm1.errors import UserError
-from megatron_mm1.inference.loading import open_engine
+from megatron_mm1.inference.loading import ParallelSizes, open_engine
 
 
 def caption_main(args: Namespace) -> None:
-    """Print "file: caption" for each image: `args` has checkpoint, image (paths) and max_new_tokens.
+    """Print "file: caption" for each image: `args` has checkpoint, image (paths), max_new_tokens and the fields of
+    `ParallelSizes`.
 
     Raises:
         UserError: a file is missing or no image, or the checkpoint cannot be used or was trained without images.
     """
     prompts = [(_read_image(Path(path)),) for path in args.image]
-    with open_engine(args.checkpoint) as engine:
+    with open_engine(args.checkpoint, sizes=ParallelSizes.of(args)) as engine:
         if engine.config.data.text_only:
             raise UserError(f"{args.checkpoint} was trained with data.text_only, so it sees no images: use another")
         captions = engine.generate(prompts, max_new_tokens=args.max_new_tokens)

@@ -58,10 +58,10 @@ class _ImageTokens:
     index: dict[bytes, int]
 
     def of(self, pieces: Sequence[Piece]) -> Tensor | None:
-        """The image tokens of `pieces`, in reading order."""
-        if self.tokens is None:
-            return None
+        """The image tokens of `pieces`, in reading order; None where they have no image."""
         images = [self.index[image] for piece in pieces for image in piece.images]
+        if self.tokens is None or not images:
+            return None
         return self.tokens[torch.tensor(images, dtype=torch.int64, device=self.tokens.device)]
 
 

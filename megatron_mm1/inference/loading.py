@@ -1,8 +1,9 @@
 """An engine from a checkpoint, in the layout of the processes that are there."""
 
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from megatron_mm1.parallel.groups import (
     launcher_ranks,
 )
 from megatron_mm1.training.build import build_module
-from megatron_mm1.training.checkpointing import check_tokenizer, find_checkpoint, load_weights, read_metadata
+from megatron_mm1.training.checkpointing import find_checkpoint, load_weights, read_metadata
+from megatron_mm1.training.resume import check_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,11 @@ class ParallelSizes:
     tensor_model_parallel_size: int | None = None
     pipeline_model_parallel_size: int | None = None
     expert_model_parallel_size: int | None = None
+
+    @classmethod
+    def of(cls, args: Namespace) -> "ParallelSizes":
+        """From command-line arguments of these names."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
 AS_TRAINED = ParallelSizes()

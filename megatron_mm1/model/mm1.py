@@ -20,7 +20,13 @@ from megatron_mm1.model.connectors import build_connector
 from megatron_mm1.model.decoder import build_decoder, decoder_transformer_config
 from megatron_mm1.model.vision import build_tower, vision_layer_spec, vision_transformer_config
 from megatron_mm1.parallel.groups import solo_group
-from megatron_mm1.parallel.vision_work import gather_images, mark_replicated, reduce_gradients, share_of
+from megatron_mm1.parallel.vision_work import (
+    broadcast_parameters,
+    gather_images,
+    mark_replicated,
+    reduce_gradients,
+    share_of,
+)
 
 
 class MM1Model(MegatronModule):
@@ -98,6 +104,13 @@ class MM1Model(MegatronModule):
 
     def _parameters_of(self, *parts: str) -> list[torch.nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if name.split(".")[0] in parts]
+
+    def equalize_vision_weights(self) -> None:
+        """Make initial tower and connector weights equal on ranks that share out images; on the device, by every
+        rank.
+        """
+        if self.pre_process and self.vision_group is not None:
+            broadcast_parameters(self._parameters_of("tower", "connector"), self.vision_group)
 
     def finalize_vision_gradients(self) -> None:
         """Add up what ranks that encoded different images found for tower and connector; every rank calls it once,

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -134,6 +136,21 @@ def decoder_stack_spec(backend: str, *, qk_layernorm: bool) -> ModuleSpec:
 
 def _experts_spec(*, use_te: bool) -> MlpBuilder:
     """megatron-core's experts with our router; their number comes from the configuration."""
-    experts = get_moe_module_spec(use_te=use_te, num_experts=1, moe_grouped_gemm=use_te)
-    submodules = experts.keywords["submodules"]
-    return partial(MoELayer, submodules=dataclasses.replace(submodules, router=Router))
+    layer = get_moe_module_spec(use_te=use_te, num_experts=1, moe_grouped_gemm=use_te)
+    submodules = layer.keywords["submodules"]
+    experts = partial(_distinct_experts, submodules.experts)
+    return partial(MoELayer, submodules=dataclasses.replace(submodules, router=Router, experts=experts))
+
+
+def _distinct_experts(build: Any, *args: Any, pg_collection: ProcessGroupCollection, **kwargs: Any) -> Any:
+    """Experts whose initial weights differ between expert-parallel ranks.
+
+    On a CPU megatron-core draws them from the generator that all ranks share, which would make each rank's experts
+    copies of the first rank's. On a GPU it has a generator for experts, which this leaves alone.
+    """
+    seed = int(torch.randint(2**31, ()))  # the same on every rank, another for every layer
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed + pg_collection.ep.rank())
+    experts = build(*args, pg_collection=pg_collection, **kwargs)
+    torch.default_generator.set_state(state)
+    return experts

@@ -8,6 +8,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.config import ParallelConfig
+from megatron_mm1.errors import UserError
 
 
 def initialize_process_group(*, timeout_minutes: int) -> None:
@@ -34,11 +35,23 @@ def initialize_process_group(*, timeout_minutes: int) -> None:
         store = torch.distributed.PrefixStore(f"mm1/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(_device_index(local_rank))
         backend = "nccl"
     torch.distributed.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes)
     )
+
+
+def _device_index(local_rank: int) -> int:
+    """This rank's GPU among those it sees, of which Slurm may show it one only."""
+    count = torch.cuda.device_count()
+    if count == 1 and "SLURM_STEP_ID" in os.environ:
+        return 0
+    if local_rank >= count:
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this process sees {count}; start at most {count} per node"
+        )
+    return local_rank
 
 
 def launcher_ranks() -> tuple[int, int, int]:

@@ -63,6 +63,14 @@ def mark_replicated(parameters: Iterable[torch.nn.Parameter]) -> None:
         parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
 
 
+def broadcast_parameters(parameters: Iterable[torch.nn.Parameter], group: ProcessGroup) -> None:
+    """Start alike on all ranks: on a GPU megatron-core draws the weights of a tensor-parallel layer anew on each,
+    although these are not split.
+    """
+    for parameter in parameters:
+        torch.distributed.broadcast(parameter.data, group_src=0, group=group)
+
+
 def reduce_gradients(parameters: Iterable[Any], group: ProcessGroup) -> None:
     """Sum gradients over the ranks that encoded different images; all of them call it with the same parameters.
 

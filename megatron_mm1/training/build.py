@@ -1,6 +1,5 @@
 """Model, optimizer and learning-rate schedule from the configuration."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +44,9 @@ def build_module(config: MM1Config, *, backend: str, pg_collection: ProcessGroup
     model: torch.nn.Module = MM1Model(config, backend=backend, pg_collection=pg_collection)
     if config.training.precision == "bf16":
         model = Float16Module(model.config, model)
-    return model.to(device())
+    model = model.to(device())
+    unwrap(model).equalize_vision_weights()
+    return model
 
 
 def build_model(config: MM1Config, *, backend: str, pg_collection: ProcessGroupCollection) -> DistributedDataParallel:
@@ -95,8 +96,6 @@ def build_optimizer(
         adam_beta2=settings.adam_beta2,
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
-        # An infinite norm would turn clipped gradients into NaN: leave the weights alone instead.
-        grad_norm_skip_threshold=sys.float_info.max,
         bf16=training.precision == "bf16",
         params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,

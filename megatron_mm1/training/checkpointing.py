@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_mm1 import __version__
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.serialization import from_dict
-from megatron_mm1.errors import ConfigError, UserError
+from megatron_mm1.errors import UserError
 from megatron_mm1.training.build import optimizer_parts, unwrap
 
 FORMAT_VERSION = 1
@@ -184,64 +184,6 @@ def _read_state(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, An
 def _load_model_state(model: torch.nn.Module, loaded: dict[str, Any]) -> None:
     # strict=False: Transformer Engine's modules have extra state that local ones lack; reading refuses missing weights.
     unwrap(model).load_state_dict(loaded["model"], strict=False)
-
-
-def check_resumable(
-    metadata: CheckpointMetadata, config: MM1Config, *, tokenizer_fingerprint: str, weights_only: bool = False
-) -> None:
-    """Refuse a checkpoint of another model or tokenizer, and, unless its weights are all that is wanted, one of another
-    layout or batch size.
-
-    Raises:
-        ConfigError: listing everything that differs.
-    """
-    saved = metadata.mm1_config()
-    problems = []
-    if saved.model != config.model:
-        problems.append(
-            "the checkpoint has another model configuration: take the model from the checkpoint's config.yaml"
-        )
-    if metadata.tokenizer_fingerprint != tokenizer_fingerprint:
-        problems.append(_wrong_tokenizer(metadata, tokenizer_fingerprint))
-    if not weights_only:
-        names = (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "expert_model_parallel_size",
-            "use_distributed_optimizer",
-        )
-        for name in names:
-            before, now = getattr(saved.parallel, name), getattr(config.parallel, name)
-            if before != now:
-                problems.append(
-                    f"parallel.{name} was {before} and is {now}: optimizer state resumes only in the layout it was "
-                    "saved from; use the same, or start from the weights with --checkpoint.finetune true"
-                )
-        before, now = saved.training.global_batch_size, config.training.global_batch_size
-        if before != now:
-            problems.append(
-                f"training.global_batch_size was {before} and is {now}: "
-                "the schedule and the data order follow it; use the same, or --checkpoint.finetune true"
-            )
-    if problems:
-        raise ConfigError(problems)
-
-
-def check_tokenizer(metadata: CheckpointMetadata, fingerprint: str) -> None:
-    """Refuse a tokenizer that is not the one the model was trained with.
-
-    Raises:
-        UserError: they differ.
-    """
-    if metadata.tokenizer_fingerprint != fingerprint:
-        raise UserError(_wrong_tokenizer(metadata, fingerprint))
-
-
-def _wrong_tokenizer(metadata: CheckpointMetadata, fingerprint: str) -> str:
-    return (
-        f"wrong tokenizer: its SHA-256 is {fingerprint[:12]}.., the checkpoint was trained with "
-        f"{metadata.tokenizer_fingerprint[:12]}..: set data.tokenizer to that file"
-    )
 
 
 def _content_metadata(model: DistributedDataParallel) -> dict[str, Any]:

@@ -3,6 +3,7 @@ only.
 """
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from datetime import datetime
@@ -60,12 +61,13 @@ class RunLogger:
             self._bar.update()
 
     def record(self, kind: str, iteration: int, figures: Mapping[str, Any]) -> None:
-        """Append one JSON line and, for every finite number in it, a TensorBoard point `kind/name`."""
+        """Append one JSON line and, for every finite number in it, a TensorBoard point `kind/name`; others are null."""
         if not self.enabled:
             return
-        self._file.write(json.dumps({"kind": kind, "iteration": iteration, **figures}) + "\n")
+        finite = {name: value if _is_finite(value) else None for name, value in figures.items()}
+        self._file.write(json.dumps({"kind": kind, "iteration": iteration, **finite}) + "\n")
         if self._tensorboard is not None:
-            for name, value in figures.items():
+            for name, value in finite.items():
                 if isinstance(value, int | float):
                     self._tensorboard.add_scalar(f"{kind}/{name}", value, iteration)
 
@@ -78,12 +80,16 @@ class RunLogger:
                 self._tensorboard.close()
 
 
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def console_line(figures: Mapping[str, Any], *, train_iters: int) -> str:
     """A training line: Megatron's fields under its names and in its order, so that existing log parsers work; ours
     follow.
 
     Args:
-        figures: as the trainer records them (see `trainer.step_figures`).
+        figures: as the trainer records them (`Window.figures`).
         train_iters: length of the run.
     """
     fields = [

@@ -84,11 +84,14 @@ def train_step(
     _scale_router_losses(model, batches, pg_collection)
     losses = run_batches(config, model, batches, pg_collection=pg_collection, forward_only=False)
     norms = component_gradient_norms(model, optimizer, pg_collection=pg_collection) if with_component_norms else None
-    updated, grad_norm = False, math.nan
-    if math.isfinite(losses.loss):
-        updated, grad_norm, _ = optimizer.step()
+    # The optimizer looks for neither: an infinite norm would turn clipped gradients into NaN, a NaN goes through.
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    updated = math.isfinite(losses.loss) and math.isfinite(grad_norm)
+    if updated:
+        optimizer.step()
     scheduler.step(increment=config.training.global_batch_size)
-    return StepStatistics(losses=losses, grad_norm=float(grad_norm), component_grad_norms=norms, skipped=not updated)
+    return StepStatistics(losses=losses, grad_norm=grad_norm, component_grad_norms=norms, skipped=not updated)
 
 
 @torch.no_grad()
@@ -191,6 +194,8 @@ def _scale_router_losses(
         counts += torch.stack([(batch.labels != IGNORE).sum(), (batch.segment_ids != 0).sum()])
     counts = counts.to(device())
     torch.distributed.all_reduce(counts, group=pg_collection.dp_cp)
+    # Only the first and last stage know which images could not be decoded, and so which examples are not trained.
+    torch.distributed.broadcast(counts, group_src=pg_collection.pp.size() - 1, group=pg_collection.pp)
     trained, routed = counts
     scale = trained / routed.clamp(min=1)
     transformer_config.moe_grad_scale_func = lambda: scale

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -26,15 +25,13 @@ from megatron_mm1.parallel.groups import (
 from megatron_mm1.training.build import build_model, build_optimizer, component_learning_rates
 from megatron_mm1.training.checkpointing import (
     CheckpointMetadata,
-    check_resumable,
-    find_checkpoint,
     load_checkpoint,
     load_weights,
-    read_metadata,
     save_checkpoint,
 )
 from megatron_mm1.training.figures import Window, introduction
 from megatron_mm1.training.logging import RunLogger, console_line
+from megatron_mm1.training.resume import Start, check_ranks_agree, starting_point
 from megatron_mm1.training.step import StepStatistics, train_step
 from megatron_mm1.training.validation import validate_model
 
@@ -52,35 +49,13 @@ def train(config: MM1Config) -> None:
 
     initialize_process_group(timeout_minutes=config.parallel.distributed_timeout_minutes)
     try:
+        check_ranks_agree(start)
         groups = build_process_groups(config.parallel, seed=config.training.seed)
         Run(config, backend=backend, tokenizer=tokenizer, start=start, groups=groups).train()
         torch.distributed.barrier()
         destroy_process_groups()
     finally:
         torch.distributed.destroy_process_group()
-
-
-@dataclass(frozen=True)
-class Start:
-    """The checkpoint a run starts from; `weights_only`: without its optimizer, schedule and place in the data."""
-
-    checkpoint: Path
-    metadata: CheckpointMetadata
-    weights_only: bool
-
-
-def starting_point(config: MM1Config, tokenizer: Tokenizer) -> Start | None:
-    """Where to start, checked against the configuration; None: from scratch."""
-    own = Path(config.run_dir) / "checkpoints" / "latest"
-    if own.is_file():  # a run that has begun goes on from itself, whatever it was started from
-        checkpoint, weights_only = find_checkpoint(config.run_dir), False
-    elif config.checkpoint.load is not None:
-        checkpoint, weights_only = find_checkpoint(config.checkpoint.load), config.checkpoint.finetune
-    else:
-        return None
-    metadata = read_metadata(checkpoint)
-    check_resumable(metadata, config, tokenizer_fingerprint=tokenizer.fingerprint, weights_only=weights_only)
-    return Start(checkpoint, metadata, weights_only)
 
 
 class Run:

@@ -9,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.config import MM1Config
 from megatron_mm1.data.batch import PackedBatch
+from megatron_mm1.parallel.device import device
 from megatron_mm1.training.step import evaluate_batches
 
 
@@ -30,7 +31,7 @@ def validate_model(
     for name, batches_of in sources.items():
         batches = list(batches_of())
         losses[name] = evaluate_batches(config, model, batches, pg_collection=pg_collection).loss
-        if any(batch.num_images for batch in batches):
+        if _any_rank(any(batch.num_images for batch in batches), pg_collection):
             exchanged = exchange_images(batches)
             losses[f"{name}, images exchanged"] = evaluate_batches(
                 config, model, exchanged, pg_collection=pg_collection
@@ -38,10 +39,18 @@ def validate_model(
     return losses
 
 
+def _any_rank(flag: bool, pg_collection: ProcessGroupCollection) -> bool:
+    """Whether the flag is set on some data-parallel rank: all of them must run the same passes."""
+    flags = torch.tensor(float(flag), device=device())
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=pg_collection.dp_cp)
+    return bool(flags)
+
+
 def exchange_images(batches: Sequence[PackedBatch]) -> list[PackedBatch]:
     """The same batches with the images of each size moved on by one place, the last to the first.
 
-    On ranks that hold no pixels there is nothing to move.
+    On ranks that hold no pixels there is nothing to move; the only image of its size on a rank stays where it is. Ranks
+    exchange among their own images, so the loss depends a little on the data-parallel size.
     """
     by_size: dict[tuple[int, int], list[torch.Tensor]] = {}
     for batch in batches:

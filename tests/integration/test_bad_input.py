@@ -17,7 +17,7 @@ pytestmark = pytest.mark.demo
 SMALL = (
     *("train", "--preset", "mm1-tiny", "--parallel.tensor_model_parallel_size", "1"),
     *("--training.global_batch_size", "8", "--training.train_iters", "1", "--training.eval_interval", "0"),
-    *("--optimizer.lr_warmup_iters", "0"),
+    *("--optimizer.lr_warmup_iters", "0", "--optimizer.lr_decay_iters", "10"),
 )
 
 
@@ -92,13 +92,19 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
     [checkpoint] = (run / "checkpoints").glob("step-*")
     largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
-    arguments = ("--run_dir", str(run), "--training.train_iters", "2", "--optimizer.lr_decay_iters", "1")
+    arguments = ("--run_dir", str(run), "--training.train_iters", "2")
     assert_refused(mm1(*SMALL, *arguments), "cannot load checkpoint", checkpoint.name)
 
 
 def test_another_data_plan_is_refused(trained):
     arguments = ("--run_dir", str(trained), "--data.seed", "7", "--training.train_iters", "2")
     assert_refused(mm1(*SMALL, *arguments), "another data plan")
+
+
+def test_another_schedule_is_refused(trained):
+    arguments = ("--run_dir", str(trained), "--optimizer.lr", "0.5", "--optimizer.lr_decay_iters", "20")
+    fragments = ("optimizer.lr was 0.003 and is 0.5", "optimizer.lr_decay_iters was 10 and is 20")
+    assert_refused(mm1(*SMALL, *arguments), *fragments)
 
 
 def test_a_finished_run_does_nothing_more(trained):

@@ -5,19 +5,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_mm1.config import MM1Config, ParallelConfig
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.loader import train_batches
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
-from megatron_mm1.training.build import build_model, build_optimizer
+from megatron_mm1.training import trainer
+from megatron_mm1.training.build import build_model, build_module, build_optimizer
 from megatron_mm1.training.checkpointing import (
     CheckpointMetadata,
     load_checkpoint,
     load_weights,
     save_checkpoint,
 )
+from megatron_mm1.training.resume import check_ranks_agree, starting_point
 from megatron_mm1.training.step import evaluate_batches, train_step
 from tests.batches import synthetic_batches
 
@@ -69,7 +73,7 @@ class Run:
             tokenizer=Tokenizer(config.data.tokenizer),
             dp_rank=self.groups.dp.rank(),
             dp_size=self.groups.dp.size(),
-            with_pixels=self.groups.pp.rank() == 0,
+            with_pixels=self.groups.pp.rank() in (0, self.groups.pp.size() - 1),
             consumed_sequences=consumed_sequences,
         )
         count = config.training.global_batch_size // (config.training.micro_batch_size * self.groups.dp.size())
@@ -82,7 +86,7 @@ class Run:
             iteration=iteration,
             consumed_sequences=consumed,
             config=to_dict(self.config),
-            tokenizer_fingerprint="test",
+            tokenizer_fingerprint=Tokenizer(self.config.data.tokenizer).fingerprint,
             plan_fingerprint="test",
         )
         return save_checkpoint(folder, metadata, self.model, self.optimizer, self.scheduler, pg_collection=self.groups)
@@ -110,34 +114,65 @@ def train_on_corpus(config: MM1Config, checkpoint: Path, *, steps: int) -> list[
 
 
 def train_on_kinds(config: MM1Config, checkpoint: Path, *, kinds: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
-    """For each kind of batch, figures of two steps from the weights in `checkpoint`."""
+    """For each kind of batch, figures of a step from the weights in `checkpoint`."""
     run = Run(config)
     figures = {}
     for kind in kinds:
         run.load_weights(checkpoint)
         batches = run.share(synthetic_batches(config, kind))
-        figures[kind] = [run.step(batches) for _ in range(2)]
+        figures[kind] = [run.step(batches)]
     run.close()
     return figures
 
 
-def train_save_resume(config: MM1Config, folder: Path) -> tuple[list[float], list[float]]:
-    """Losses of steps 3 to 5 of an uninterrupted run, and of one resumed from a checkpoint after step 2."""
+def train_save_continue(config: MM1Config, folder: Path) -> list[float]:
+    """Save after step 2; the losses of steps 3 to 5."""
     run = Run(config)
     batches = run.corpus_batches()
     for _ in range(2):
         run.step(next(batches))
-    checkpoint = run.save(folder, iteration=2)
-    uninterrupted = [run.step(next(batches))["loss"] for _ in range(3)]
+    run.save(folder, iteration=2)
+    losses = [run.step(next(batches))["loss"] for _ in range(3)]
     run.close()
+    return losses
 
-    # Other weights to begin with, so that whatever is not restored shows.
-    other = Run(dataclasses.replace(config, training=dataclasses.replace(config.training, seed=99)))
-    load_checkpoint(checkpoint, other.model, other.optimizer, other.scheduler, pg_collection=other.groups)
-    batches = other.corpus_batches(consumed_sequences=2 * config.training.global_batch_size)
-    resumed = [other.step(next(batches))["loss"] for _ in range(3)]
-    other.close()
-    return uninterrupted, resumed
+
+def resume(config: MM1Config, checkpoint: Path) -> list[float]:
+    """The losses of steps 3 to 5 from a checkpoint after step 2, loaded over other weights so that gaps show."""
+    run = Run(dataclasses.replace(config, training=dataclasses.replace(config.training, seed=99)))
+    load_checkpoint(checkpoint, run.model, run.optimizer, run.scheduler, pg_collection=run.groups)
+    batches = run.corpus_batches(consumed_sequences=2 * config.training.global_batch_size)
+    losses = [run.step(next(batches))["loss"] for _ in range(3)]
+    run.close()
+    return losses
+
+
+def train_as_users_do(config: MM1Config) -> None:
+    """The trainer's own run, from its configuration to its last checkpoint."""
+    tokenizer = Tokenizer(config.data.tokenizer)
+    groups = build_process_groups(config.parallel, seed=config.training.seed)
+    start = starting_point(config, tokenizer)
+    check_ranks_agree(start)
+    trainer.Run(config, backend="local", tokenizer=tokenizer, start=start, groups=groups).train()
+    destroy_process_groups()
+
+
+def initial_weights(config: MM1Config, *, containing: str) -> dict[str, torch.Tensor]:
+    """Freshly initialised parameters of this rank whose names contain a string."""
+    run = Run(config)
+    weights = {name: weight.detach().clone() for name, weight in run.model.named_parameters() if containing in name}
+    run.close()
+    return weights
+
+
+def tower_after_unequal_seeds(config: MM1Config) -> float:
+    """Sum of the tower's initial weights where every rank draws other numbers, as a GPU's generators do."""
+    groups = build_process_groups(config.parallel, seed=config.training.seed)
+    torch.manual_seed(groups.tp.rank())
+    model = build_module(config, backend="local", pg_collection=groups)
+    total = sum(float(weight.double().sum()) for name, weight in model.named_parameters() if "tower" in name)
+    destroy_process_groups()
+    return total
 
 
 def evaluate_between_steps(config: MM1Config) -> tuple[list[float], list[float]]:

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from megatron_mm1.config.presets import preset
-from megatron_mm1.errors import ConfigError, UserError
-from megatron_mm1.training import checkpointing
+from megatron_mm1.errors import UserError
+from megatron_mm1.training import checkpointing, resume
 from tests.parallel import jobs
 from tests.parallel.test_layouts import config_of
 
@@ -19,6 +19,8 @@ LAYOUTS = {
     "PP2": (2, "mm1-tiny", dict(pipeline_model_parallel_size=2)),
     "DP2": (2, "mm1-tiny", {}),
     "DP2, distributed optimizer": (2, "mm1-tiny", dict(use_distributed_optimizer=True)),
+    "bf16, TP2 + SP": (2, "mm1-tiny-bf16", dict(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "bf16, distributed optimizer": (2, "mm1-tiny-bf16", dict(use_distributed_optimizer=True)),
     "EP2": (2, "mm1-tiny-moe", dict(expert_model_parallel_size=2)),
     "EP2, distributed optimizer": (
         2,
@@ -33,8 +35,18 @@ pytestmark = pytest.mark.demo
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_resuming_is_bit_exact(pool, demo_corpus, tmp_path, layout):
     world_size, name, sizes = LAYOUTS[layout]
-    for uninterrupted, resumed in pool(world_size).run(jobs.train_save_resume, config_of(name, **sizes), tmp_path):
-        assert resumed == uninterrupted
+    config = config_of(name, **sizes)
+    uninterrupted = pool(world_size).run(jobs.train_save_continue, config, tmp_path)
+    assert pool(world_size).run(jobs.resume, config, tmp_path / "step-00000002") == uninterrupted
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(use_distributed_optimizer=True)], ids=["plain", "distributed optimizer"])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_resuming_with_another_data_parallel_size(pool, demo_corpus, tmp_path, sizes, before, after):
+    config = config_of("mm1-tiny", **sizes)
+    uninterrupted = pool(before).run(jobs.train_save_continue, config, tmp_path)
+    for losses in pool(after).run(jobs.resume, config, tmp_path / "step-00000002"):
+        assert losses == pytest.approx(uninterrupted[0], rel=1e-5)
 
 
 def test_evaluation_does_not_move_training(pool, demo_corpus):
@@ -114,9 +126,9 @@ def test_what_does_not_fit_a_checkpoint_is_listed_at_once(saved):
     metadata = checkpointing.read_metadata(saved)
     config = config_of("mm1-tiny", tensor_model_parallel_size=2)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=16))
-    with pytest.raises(ConfigError) as error:
-        checkpointing.check_resumable(metadata, config, tokenizer_fingerprint="other")
-    assert len(error.value.problems) == 3
+    with pytest.raises(UserError) as error:
+        resume.check_resumable(metadata, config, tokenizer_fingerprint="other")
+    assert str(error.value).count("\n  - ") == 3
     for fragment in (
         "wrong tokenizer",
         "tensor_model_parallel_size was 1 and is 2",
@@ -128,10 +140,10 @@ def test_what_does_not_fit_a_checkpoint_is_listed_at_once(saved):
 def test_weights_alone_may_move_to_another_layout(saved):
     metadata = checkpointing.read_metadata(saved)
     config = config_of("mm1-tiny", tensor_model_parallel_size=2)
-    checkpointing.check_resumable(metadata, config, tokenizer_fingerprint="test", weights_only=True)
+    resume.check_resumable(metadata, config, tokenizer_fingerprint=metadata.tokenizer_fingerprint, weights_only=True)
 
 
 def test_another_model_is_refused(saved):
     metadata = checkpointing.read_metadata(saved)
-    with pytest.raises(ConfigError, match="another model configuration"):
-        checkpointing.check_resumable(metadata, preset("mm1-tiny-moe"), tokenizer_fingerprint="test")
+    with pytest.raises(UserError, match=r"model\.\* differs"):
+        resume.check_resumable(metadata, preset("mm1-tiny-moe"), tokenizer_fingerprint=metadata.tokenizer_fingerprint)

@@ -25,22 +25,32 @@ DENSE_LAYOUTS = {
 MOE_LAYOUTS = {
     "EP2": dict(expert_model_parallel_size=2),
     "EP2, distributed optimizer": dict(expert_model_parallel_size=2, use_distributed_optimizer=True),
+    "PP2 x EP2": dict(pipeline_model_parallel_size=2, expert_model_parallel_size=2),
     "TP2 + SP, EP2": dict(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2),
 }
-WORLD_SIZES = {"TP2 x PP2": 4}
+WORLD_SIZES = {"TP2 x PP2": 4, "PP2 x EP2": 4}
 LAYOUTS = [("mm1-tiny", name, sizes) for name, sizes in DENSE_LAYOUTS.items()]
 LAYOUTS += [("mm1-tiny-moe", name, sizes) for name, sizes in MOE_LAYOUTS.items()]
+LAYOUTS += [("mm1-tiny-tied", "PP2, tied output", dict(pipeline_model_parallel_size=2))]
 COMPONENTS = ("tower", "connector", "decoder")
 
 pytestmark = pytest.mark.demo
 
 
 def config_of(name: str, **sizes):
-    """The preset with small batches and no warm-up, in one process unless sizes say otherwise."""
-    config = preset(name)
+    """The preset with small batches and no warm-up, in one process unless sizes say otherwise.
+
+    "-tied" and "-bf16" after its name tie the output to the embeddings and train in bf16.
+    """
+    config = preset(name.removesuffix("-tied").removesuffix("-bf16"))
+    decoder = config.model.decoder
+    if name.endswith("-tied"):
+        decoder = dataclasses.replace(decoder, untie_embeddings_and_output_weights=False)
+    precision = "bf16" if name.endswith("-bf16") else "fp32"
     config = dataclasses.replace(
         config,
-        training=dataclasses.replace(config.training, global_batch_size=8, micro_batch_size=2),
+        model=dataclasses.replace(config.model, decoder=decoder),
+        training=dataclasses.replace(config.training, global_batch_size=8, micro_batch_size=2, precision=precision),
         optimizer=dataclasses.replace(config.optimizer, lr_warmup_iters=1),
     )
     return jobs.with_parallel(config, **sizes)
@@ -72,7 +82,7 @@ def assert_same(figures, expected, *, components=COMPONENTS):
             assert theirs[component] > 0, f"{component} has no gradient at step {step}"
 
 
-@pytest.mark.parametrize("name", ["mm1-tiny", "mm1-tiny-moe"])
+@pytest.mark.parametrize("name", ["mm1-tiny", "mm1-tiny-moe", "mm1-tiny-tied"])
 def test_the_reference_trains(reference, name):
     _, corpus, _ = reference(name)
     losses = [step["loss"] for step in corpus]

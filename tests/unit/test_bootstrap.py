@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from megatron_mm1.evaluation.bootstrap import Interval, mean_interval
+from megatron_mm1.evaluation.bootstrap import mean_interval
 
 GENERATOR = np.random.default_rng(5)
 SAMPLES = {
@@ -78,15 +78,6 @@ def test_chunks_do_not_change_the_sample_size(monkeypatch):
     whole = mean_interval(values)
     monkeypatch.setattr("megatron_mm1.evaluation.bootstrap._CHUNK", 7 * len(values))
     assert mean_interval(values) == whole
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "below"),
-    [((1, 2), (3, 4), True), ((1, 3), (3, 4), False), ((1, 3.5), (3, 4), False), ((3, 4), (1, 2), False)],
-)
-def test_below_means_no_overlap(one, other, below):
-    first, second = (Interval(mean=sum(ends) / 2, low=ends[0], high=ends[1], count=9) for ends in (one, other))
-    assert first.is_below(second) is below
 
 
 def test_no_values():

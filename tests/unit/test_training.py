@@ -128,6 +128,24 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(trained, groups):
         assert torch.equal(parameter, old)
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(trained, groups, monkeypatch):
+    model, optimizer, scheduler, config, _, _ = trained(lr=1e-3, lr_warmup_iters=0)
+    finalize = model.config.finalize_model_grads_func
+
+    def poison(*args, **kwargs):
+        finalize(*args, **kwargs)
+        next(model.parameters()).main_grad.flatten()[0] = math.nan
+
+    monkeypatch.setattr(model.config, "finalize_model_grads_func", poison)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    batches = synthetic_batches(config, "mixed")
+    statistics = train_step(config, model, optimizer, scheduler, batches, pg_collection=groups)
+    assert statistics.skipped
+    assert math.isfinite(statistics.losses.loss)
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+
+
 def test_exchanged_images_are_all_others():
     config = tiny()
     batches = [batch for batch in synthetic_batches(config, "mixed") if batch.num_images]
