@@ -109,9 +109,9 @@ def _tiny(name: str) -> MM1Config:
         ),
         optimizer=OptimizerConfig(lr=3e-3, lr_warmup_iters=60),
         training=TrainingConfig(
-            micro_batch_size=8,
+            micro_batch_size=4,
             global_batch_size=8,
-            train_iters=750,
+            train_iters=700,
             eval_interval=250,
             eval_iters=4,
             precision="fp32",

@@ -59,9 +59,9 @@ class _ImageTokens:
 
     def of(self, pieces: Sequence[Piece]) -> Tensor | None:
         """The image tokens of `pieces`, in reading order; None where they have no image."""
-        images = [self.index[image] for piece in pieces for image in piece.images]
-        if self.tokens is None or not images:
+        if self.tokens is None or not any(piece.images for piece in pieces):
             return None
+        images = [self.index[image] for piece in pieces for image in piece.images]
         return self.tokens[torch.tensor(images, dtype=torch.int64, device=self.tokens.device)]
 
 

@@ -58,7 +58,14 @@ def test_own_parts_train_resume_and_are_evaluated(folder):
         *("--parallel.sequence_parallel", "false", "--data.tokenizer", "tokenizer.model"),
         *("--data.sources", "[{name: pairs, path: prepared}]", "--data.validation", "[{name: pairs, path: prepared}]"),
         *("--model.vision.tower", "conv_tower.ConvTower", "--model.connector.connector", "pixel_shuffle.PixelShuffle"),
-        *("--model.connector.options", "{factor: 2}", "--optimizer.lr_warmup_iters", "1"),
+        *(
+            "--model.connector.tokens_per_image",
+            "9",
+            "--model.connector.options",
+            "{factor: 2}",
+            "--optimizer.lr_warmup_iters",
+            "1",
+        ),
         *("--training.global_batch_size", "4", "--training.eval_iters", "1", "--logging.log_interval", "1"),
         *("--optimizer.lr_decay_iters", "4"),
     ]

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +152,15 @@ def test_the_end_of_text_stops_one_prompt_and_not_the_others(run):
     assert len(ids[0]) < NEW_TOKENS and NEW_TOKENS in map(len, ids)
 
 
+def test_text_goes_on_when_every_prompt_with_an_image_has_ended(run, model):
+    first = model("mm1-tiny")[2][0][0][0]  # what image A is followed by: then it ends at once
+    prompts = [(A,), (Text("what"),)]
+    together, _ = run(prompts, ["a"] * 2, special_ids={"eos_id": first})
+    alone, _ = run(prompts[1:], ["a"], special_ids={"eos_id": first})
+    assert together[0] == []
+    assert len(together[1]) > 1 and together[1] == alone[0]
+
+
 def test_padding_is_never_generated(run, model):
     banned = model("mm1-tiny")[2][0][0][0]
     ids, _ = run(special_ids={"pad_id": banned})
@@ -165,7 +176,7 @@ def test_a_model_trained_without_images_sees_none(run):
 @pytest.mark.parametrize(
     ("prompt", "tokens", "message"),
     [
-        ((A,), 55, "a prompt of 10 positions and 55 new tokens do not fit the 64 positions"),
+        ((A,), 60, "a prompt of 5 positions and 60 new tokens do not fit the 64 positions"),
         ((A, Image(b"no image")), 1, "image 2 of the prompts cannot be decoded"),
     ],
 )
@@ -219,6 +230,9 @@ def test_caption_refuses_a_file_that_is_no_image(model, tmp_path):
 def test_caption_refuses_another_tokenizer(model, tokenizer, tmp_path):
     file = tmp_path / "picture.png"
     file.write_bytes(A.data)
-    result = mm1_caption(model("mm1-tiny")[1], file)  # the checkpoint's is called "test"
+    checkpoint = shutil.copytree(model("mm1-tiny")[1], tmp_path / "checkpoint")
+    fields = json.loads((checkpoint / "mm1.json").read_text())
+    (checkpoint / "mm1.json").write_text(json.dumps({**fields, "tokenizer_fingerprint": "another"}))
+    result = mm1_caption(checkpoint, file)
     assert result.returncode == 2
     assert Tokenizer(tokenizer).fingerprint[:12] in result.stderr

@@ -15,11 +15,13 @@ from megatron_mm1.errors import ConfigError, UserError
 
 
 class Calls(list):
-    """What a stand-in for a subcommand's implementation was called with."""
+    """What a stand-in for a subcommand's implementation was called with; it returns `result`."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, int]:
+    result: dict[str, Any] = {"documents": 3}  # noqa: RUF012
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self.append((args, kwargs))
-        return {"documents": 3}
+        return self.result
 
     @property
     def only(self) -> tuple[tuple, dict]:
@@ -31,6 +33,9 @@ class Calls(list):
         (args,) = self.only[0]
         assert isinstance(args, argparse.Namespace)
         return {name: value for name, value in vars(args).items() if name != "command"}
+
+
+NO_SIZES = {f"{dimension}_model_parallel_size": None for dimension in ("tensor", "pipeline", "expert")}
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> Calls:
@@ -54,9 +59,12 @@ def test_train_hands_over_the_configuration(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls.only == ((preset("mm1-tiny"),), {})
 
 
-def test_data_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stand_in(monkeypatch, "megatron_mm1.data.demo", "build_demo_corpus")
+    documents = {"train": {"documents": 3000}, "validation": {"documents": 7}}
+    calls.result = {"counts": {"captions": documents}}
     assert main(["data", "demo", "--output", "here", "--seed", "3"]) == 0
+    assert "captions       3,000 documents to train on, 7 held out" in capsys.readouterr().out
     assert calls.only == ((Path("here"),), {"seed": 3})
 
 
@@ -79,6 +87,7 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
         "task": ["a", "own.Task"],
         "output": Path("o"),
         "limit": 9,
+        **NO_SIZES,
         "tensor_model_parallel_size": 2,
     }
 
@@ -88,7 +97,7 @@ def test_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--image", "a.png", "b.png", "--image", "d.png", "--max_new_tokens", "5"]
     assert main(["caption", "--checkpoint", "c", *options]) == 0
     images = [Path("a.png"), Path("b.png"), Path("d.png")]
-    assert calls.namespace == {"checkpoint": Path("c"), "image": images, "max_new_tokens": 5}
+    assert calls.namespace == {"checkpoint": Path("c"), "image": images, "max_new_tokens": 5, **NO_SIZES}
 
 
 def test_config_presets_lists_the_papers_sizes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ BROKEN = [
     (
         "mm1-tiny",
         2,
-        "--patch_size 8 --connector mlp",
+        "--patch_size 8 --tokens_per_image 9 --connector mlp",
         "tokens_per_image 9 is not the tower's 36 patches, and mlp keeps them all: use 36",
     ),
     (
@@ -189,7 +189,7 @@ BROKEN = [
     (
         "mm1-tiny",
         2,
-        "--max_images_per_sequence 30",
+        "--tokens_per_image 9 --max_images_per_sequence 30",
         "max_images_per_sequence 30 x tokens_per_image 9 + 2 = 272 positions "
         "do not fit seq_length 256: use seq_length 272 or more, or 28 images or fewer",
     ),
