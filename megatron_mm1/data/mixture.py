@@ -72,8 +72,6 @@ class PackedSource:
         )
         self._pieces = pieces[order[np.concatenate(sequences)]]
         self._bounds = np.cumsum([0, *map(len, sequences)])
-        self.fill = float(lengths.sum() / (len(sequences) * limits.seq_length))
-        """Share of positions that are not padding."""
 
     def __len__(self) -> int:
         """Sequences in one epoch."""
