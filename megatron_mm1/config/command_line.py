@@ -73,8 +73,8 @@ def build_parser(*, defaults: MM1Config | None) -> argparse.ArgumentParser:
 def _help(key: Key, defaults: MM1Config | None) -> str:
     value = None if defaults is None else value_at(defaults, key.path)
     shown = "" if defaults is None or group_class(key.annotation) else f"({'null' if value is None else value})"
-    if isinstance(value, tuple) and value and not isinstance(value[0], float):
-        shown = f"({', '.join(source.name for source in value)})"
+    if isinstance(value, tuple):
+        shown = f"({', '.join(str(getattr(item, 'name', item)) for item in value)})"
     return f"{key.doc} {shown}".strip().replace("%", "%%")
 
 

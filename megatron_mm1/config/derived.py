@@ -27,6 +27,11 @@ def is_moe_block(model: ModelConfig, block: int) -> bool:
     return model.moe is not None and (block + 1) % model.moe.moe_layer_freq == 0
 
 
+def block_pattern(model: ModelConfig) -> str:
+    """The decoder's layers in order, two a block: `*` attention, `-` feed-forward, `E` experts."""
+    return "".join("*E" if is_moe_block(model, block) else "*-" for block in range(model.decoder.num_layers))
+
+
 def num_moe_blocks(model: ModelConfig) -> int:
     return sum(is_moe_block(model, block) for block in range(model.decoder.num_layers))
 

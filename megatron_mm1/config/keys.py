@@ -54,14 +54,19 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
+def _is_union(annotation: Any) -> bool:
+    """Also of a Literal, whose `|` makes typing's kind of union."""
+    return typing.get_origin(annotation) in (types.UnionType, typing.Union)
+
+
 def group_class(annotation: Any) -> type | None:
     """The dataclass behind an annotation `X` or `X | None`; None for a plain value."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
     return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
 
 
 def is_nullable(annotation: Any) -> bool:
-    return isinstance(annotation, types.UnionType) and types.NoneType in typing.get_args(annotation)
+    return _is_union(annotation) and types.NoneType in typing.get_args(annotation)
 
 
 def element_class(annotation: Any) -> type | None:
@@ -74,12 +79,14 @@ def describe_type(annotation: Any) -> str:
     arguments = typing.get_args(annotation)
     if annotation is types.NoneType:
         return "null"
-    if isinstance(annotation, types.UnionType):
+    if _is_union(annotation):
         return " or ".join(describe_type(argument) for argument in arguments)
     if typing.get_origin(annotation) is typing.Literal:
         return "|".join(arguments)
     if element := element_class(annotation):
         return f"a list of {{{', '.join(field_types(element))}}}"
+    if typing.get_origin(annotation) is tuple and arguments[-1] is ...:
+        return f"a list of {describe_type(arguments[0])}"
     if typing.get_origin(annotation) is tuple:
         return f"a list of {len(arguments)} {arguments[0].__name__}s"
     if group := group_class(annotation):

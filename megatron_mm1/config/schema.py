@@ -89,8 +89,19 @@ class MoEConfig:
     moe_ffn_hidden_size: int | None = None
     """An expert's width; None: the decoder's ffn_hidden_size."""
     moe_router_topk: int = 2
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     moe_aux_loss_coeff: float = 0.01
     moe_z_loss_coeff: float = 0.001
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach the experts of other ranks: "alltoall" sends each where it goes, "allgather" all to all."""
+    moe_expert_capacity_factor: float | None = None
+    """Tokens an expert takes from a rank, as a multiple of an even share of those that are not padding; what exceeds it
+    is dropped, the least probable first. Which tokens share a rank depends on the layout. None: nothing is dropped.
+    """
+    moe_router_enable_expert_bias: bool = False
+    """Steer the choice of experts by a bias that is raised for those with few tokens; needs sigmoid scores."""
+    moe_router_bias_update_rate: float = 1e-3
+    """How far a step moves that bias."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +118,23 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    """Stretches of the decoder on each pipeline rank, run in turns (interleaved schedule)."""
+    context_parallel_size: int = 1
+    """Ranks that share the positions of each sequence."""
     expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    """Ranks that share the matrices of each expert."""
     sequence_parallel: bool = False
     decoder_first_pipeline_num_layers: int | None = None
-    """Decoder blocks beside the tower on the first stage; None: balanced by FLOPs."""
+    """Decoder blocks beside the tower on the first stage, 0 for none; None: balanced by FLOPs."""
+    hybrid_layer_pattern: str | None = None
+    """The decoder's layers by stage, as `*-|*-*-`: `*` attention, `-` feed-forward, `E` experts, `|` where the next
+    stage begins (with virtual stages the first one of each rank, then the second, ..). None: computed.
+    """
     vision_parallel_mode: Literal["tensor", "data"] = "tensor"
-    """How tensor-parallel ranks share the images of a microbatch: "tensor" splits the tower's layers over them like the
-    decoder's; "data" gives each the whole tower and its share of the images."""
+    """How ranks that hold the same sequences share the images of a microbatch: "tensor" splits the tower's layers over
+    tensor-parallel ranks like the decoder's; "data" gives each the whole tower and its share of the images."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
@@ -190,6 +211,19 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     layer_backend: Literal["auto", "transformer_engine", "local"] = "auto"
     """auto: Transformer Engine where it works, else local."""
+    freeze: tuple[Literal["tower", "connector", "decoder"], ...] = ()
+    """Parts that are not trained: without gradients and optimizer state."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """Compute activations of the decoder anew in the backward pass instead of keeping them: of `recompute_modules`, or
+    of whole layers."""
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "layernorm"], ...] = ("core_attn",)
+    """What "selective" recomputes."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """What "full" recomputes: every stretch of `recompute_num_layers` layers, or that many single layers of a stage."""
+    recompute_num_layers: int = 2
+    """Attention and feed-forward count as a layer each: 2 are a block."""
+    vision_recompute: bool = False
+    """Recompute each block of the tower."""
     seed: int = 1234
     """Seed of the initial weights."""
 

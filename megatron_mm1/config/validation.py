@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron_mm1.config.derived import head_dim, num_moe_blocks, num_patches, num_query_groups, num_vision_blocks
+from megatron_mm1.config import layout_rules
+from megatron_mm1.config.derived import head_dim, num_patches, num_query_groups, num_vision_blocks
 from megatron_mm1.config.keys import value_at
+from megatron_mm1.config.layout_rules import divisors, either
 from megatron_mm1.config.schema import MM1Config, SourceConfig
 from megatron_mm1.errors import ConfigError
 
@@ -33,7 +35,10 @@ MINIMUM: dict[str, int] = {
     "model.moe.moe_router_topk": 1,
     "parallel.tensor_model_parallel_size": 1,
     "parallel.pipeline_model_parallel_size": 1,
+    "parallel.virtual_pipeline_model_parallel_size": 1,
+    "parallel.context_parallel_size": 1,
     "parallel.expert_model_parallel_size": 1,
+    "parallel.expert_tensor_parallel_size": 1,
     "parallel.distributed_timeout_minutes": 1,
     "data.seq_length": 2,
     "data.max_images_per_sequence": 0,
@@ -44,6 +49,7 @@ MINIMUM: dict[str, int] = {
     "training.train_iters": 1,
     "training.eval_interval": 0,
     "training.eval_iters": 1,
+    "training.recompute_num_layers": 1,
     "optimizer.lr_warmup_iters": 0,
     "optimizer.lr_decay_iters": 1,
     "optimizer.weight_decay": 0,
@@ -91,17 +97,7 @@ def _decoder_shape(config: MM1Config, world_size: int) -> Iterator[str]:
     elif head_dim(decoder) % 2:
         yield f"the decoder's head dim {head_dim(decoder)} is odd, and rotary embedding turns pairs: use an even one"
     if heads % groups:
-        yield f"num_attention_heads {heads} is not divisible by num_query_groups {groups}: use {_divisors(heads)}"
-
-
-def _decoder_tensor_parallel(config: MM1Config, world_size: int) -> Iterator[str]:
-    decoder, size = config.model.decoder, config.parallel.tensor_model_parallel_size
-    if decoder.num_attention_heads % size:
-        yield _not_split("num_attention_heads", decoder.num_attention_heads, size)
-    if decoder.num_query_groups is not None and decoder.num_query_groups % size:
-        yield _not_split("num_query_groups", decoder.num_query_groups, size)
-    if decoder.ffn_hidden_size % size:
-        yield _not_split("ffn_hidden_size", decoder.ffn_hidden_size, size)
+        yield f"num_attention_heads {heads} is not divisible by num_query_groups {groups}: use {divisors(heads)}"
 
 
 def _vision_shape(config: MM1Config, world_size: int) -> Iterator[str]:
@@ -125,16 +121,6 @@ def _vision_shape(config: MM1Config, world_size: int) -> Iterator[str]:
         )
 
 
-def _vision_tensor_parallel(config: MM1Config, world_size: int) -> Iterator[str]:
-    vision, size = config.model.vision, config.parallel.tensor_model_parallel_size
-    if config.parallel.vision_parallel_mode == "data" or vision.tower != "vit":
-        return
-    if vision.num_attention_heads % size:
-        yield _not_split("vision.num_attention_heads", vision.num_attention_heads, size)
-    if vision.ffn_hidden_size % size:
-        yield _not_split("vision.ffn_hidden_size", vision.ffn_hidden_size, size)
-
-
 def _connector(config: MM1Config, world_size: int) -> Iterator[str]:
     connector, patches = config.model.connector, num_patches(config.model.vision)
     tokens, kind = connector.tokens_per_image, connector.connector
@@ -155,92 +141,26 @@ def _connector(config: MM1Config, world_size: int) -> Iterator[str]:
         yield f"connector.options {connector.options} are for connectors of your own: {kind} takes none"
 
 
-def _moe(config: MM1Config, world_size: int) -> Iterator[str]:
-    moe, parallel = config.model.moe, config.parallel
-    expert_parallel = parallel.expert_model_parallel_size
+def _router(config: MM1Config, world_size: int) -> Iterator[str]:
+    moe = config.model.moe
     if moe is None:
-        if expert_parallel > 1:
-            yield f"expert_model_parallel_size {expert_parallel} needs experts: set model.moe, or use 1"
         return
-    if num_moe_blocks(config.model) == 0:
-        blocks = config.model.decoder.num_layers
-        yield f"moe_layer_freq {moe.moe_layer_freq} leaves none of the {blocks} blocks experts: use {blocks} or less"
-    if moe.moe_router_topk > moe.num_moe_experts:
-        yield f"moe_router_topk {moe.moe_router_topk} is more than num_moe_experts {moe.num_moe_experts}: use fewer"
-    if moe.num_moe_experts % expert_parallel:
-        yield _not_split("num_moe_experts", moe.num_moe_experts, expert_parallel, by="expert_model_parallel_size")
-    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"):
         if getattr(moe, name) < 0:
             yield f"{name} {getattr(moe, name)} is negative: use 0 or more"
-    # megatron-core refuses to train experts under tensor parallelism without it.
-    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+    capacity = moe.moe_expert_capacity_factor
+    if capacity is not None and not 0 < capacity < math.inf:
+        yield f"moe_expert_capacity_factor {capacity} is no multiple of a share: use more than 0, or null"
+    if moe.moe_router_enable_expert_bias and moe.moe_router_score_function != "sigmoid":
         yield (
-            f"experts with tensor_model_parallel_size {parallel.tensor_model_parallel_size} need sequence parallelism: "
-            f"set parallel.sequence_parallel true, or tensor_model_parallel_size 1"
+            f"moe_router_enable_expert_bias needs moe_router_score_function sigmoid, which is "
+            f"{moe.moe_router_score_function}: set that, or leave the bias off"
         )
 
 
-def _processes(config: MM1Config, world_size: int) -> Iterator[str]:
-    parallel, training = config.parallel, config.training
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tensor * pipeline):
-        yield (
-            f"{world_size} processes cannot be split into tensor_model_parallel_size {tensor} x "
-            f"pipeline_model_parallel_size {pipeline}: start a multiple of {tensor * pipeline}, or choose smaller sizes"
-        )
-        return
-    # Experts are spread over all processes of a pipeline stage, tensor-parallel ones included.
-    stage = world_size // pipeline
-    if config.model.moe is not None and stage % parallel.expert_model_parallel_size:
-        yield (
-            f"a pipeline stage's {stage} processes are not divisible by expert_model_parallel_size "
-            f"{parallel.expert_model_parallel_size}: use {_divisors(stage)}"
-        )
-    data_parallel = stage // tensor
-    unit = training.micro_batch_size * data_parallel
-    if training.global_batch_size % unit:
-        above = -(-training.global_batch_size // unit) * unit
-        below = above - unit
-        yield (
-            f"global_batch_size {training.global_batch_size} is not divisible by micro_batch_size "
-            f"{training.micro_batch_size} x data-parallel size {data_parallel} = {unit}: "
-            f"use {f'{below} or ' if below else ''}{above}"
-        )
-
-
-def _sequence_parallel(config: MM1Config, world_size: int) -> Iterator[str]:
-    size = config.parallel.tensor_model_parallel_size
-    if not config.parallel.sequence_parallel:
-        return
-    if size == 1:
-        yield "sequence_parallel needs tensor_model_parallel_size above 1, which is 1: set it false, or raise the size"
-    positions = config.data.seq_length * config.training.micro_batch_size
-    if positions % size:
-        step = size // math.gcd(size, config.training.micro_batch_size)
-        above = -(-config.data.seq_length // step) * step
-        yield (
-            f"seq_length {config.data.seq_length} x micro_batch_size {config.training.micro_batch_size} is not "
-            f"divisible by tensor_model_parallel_size {size}, as sequence_parallel needs: use seq_length {above}"
-        )
-
-
-def _pipeline(config: MM1Config, world_size: int) -> Iterator[str]:
-    stages, first = config.parallel.pipeline_model_parallel_size, config.parallel.decoder_first_pipeline_num_layers
-    blocks = config.model.decoder.num_layers
-    if stages > blocks:
-        yield (
-            f"pipeline_model_parallel_size {stages} is more than the decoder's {blocks} blocks, "
-            f"and each stage holds at least one: use {blocks} or less"
-        )
-    if first is None:
-        return
-    if stages == 1:
-        yield f"decoder_first_pipeline_num_layers {first} needs more than one pipeline stage: leave it null"
-    elif stages <= blocks and not 1 <= first <= blocks - stages + 1:
-        yield (
-            f"decoder_first_pipeline_num_layers {first} does not leave each of {stages} stages one of {blocks} blocks: "
-            f"use 1 to {blocks - stages + 1}"
-        )
+def _freeze(config: MM1Config, world_size: int) -> Iterator[str]:
+    if set(config.training.freeze) == {"tower", "connector", "decoder"}:
+        yield "training.freeze names every part, which leaves nothing to train: leave one out"
 
 
 def _sequence(config: MM1Config, world_size: int) -> Iterator[str]:
@@ -298,14 +218,16 @@ def _checkpoint(config: MM1Config, world_size: int) -> Iterator[str]:
 
 RULES = (
     Rule(("model.decoder",), _decoder_shape),
-    Rule(("model.decoder", "parallel.tensor"), _decoder_tensor_parallel),
+    Rule(("model.decoder", "parallel.tensor"), layout_rules.decoder_tensor_parallel),
     Rule(("model.vision",), _vision_shape),
-    Rule(("model.vision", "parallel.tensor"), _vision_tensor_parallel),
+    Rule(("model.vision", "parallel.tensor"), layout_rules.vision_tensor_parallel),
     Rule(("model.vision", "model.connector"), _connector),
-    Rule(("model.moe", "model.decoder.num_layers", "parallel.tensor", "parallel.expert"), _moe),
-    Rule(("parallel", "training.micro", "training.global"), _processes),
-    Rule(("parallel.tensor", "data.seq_length", "training.micro"), _sequence_parallel),
-    Rule(("parallel.pipeline", "model.decoder.num_layers"), _pipeline),
+    Rule(("model.moe", "model.decoder", "parallel.tensor", "parallel.expert"), layout_rules.moe),
+    Rule(("model.moe",), _router),
+    Rule(("parallel", "training"), layout_rules.processes),
+    Rule(("parallel.tensor", "parallel.context", "data.seq_length", "training.micro"), layout_rules.sequence_split),
+    Rule(("parallel.pipeline", "parallel.virtual", "model.decoder.num_layers"), layout_rules.pipeline),
+    Rule((), _freeze),
     Rule(("data.seq_length", "data.max_images", "model.connector.tokens"), _sequence),
     Rule((), _sources),
     Rule((), _optimizer),
@@ -314,18 +236,5 @@ RULES = (
 )
 
 
-def _not_split(name: str, value: int, size: int, *, by: str = "tensor_model_parallel_size") -> str:
-    return f"{name} {value} is not divisible by {by} {size}: use {_divisors(value)}"
-
-
-def _divisors(number: int) -> str:
-    return _either([size for size in range(1, number + 1) if number % size == 0][:12])
-
-
 def _squares(side: int, grid: int) -> str:
-    return _either(sorted({min(number, grid) ** 2 for number in (side, side + 1)}))
-
-
-def _either(numbers: list[int]) -> str:
-    *others, last = map(str, numbers)
-    return f"{', '.join(others)} or {last}" if others else last
+    return either(sorted({min(number, grid) ** 2 for number in (side, side + 1)}))

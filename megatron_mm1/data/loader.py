@@ -1,7 +1,8 @@
 """Batches for the trainer: the plan's sequences, decoded by worker processes or a thread ahead of time.
 
-Microbatch j of the stream holds the next micro_batch_size sequences and goes to data-parallel rank j % dp_size: every
-data-parallel size sees the same global batches, and a run resumes from the number of sequences it has consumed.
+Microbatch j of a run holds the plan's sequences from j * micro_batch_size on. Those of a global batch are dealt out to
+the data-parallel ranks by their images (`data.balance`): every data-parallel size sees the same global batches, and a run
+resumes from the number of sequences it has consumed.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_mm1.config.schema import MM1Config, SourceConfig
 from megatron_mm1.data.assemble import Assembler, Row
+from megatron_mm1.data.balance import Dealer
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.mixture import PackedSource, PackingLimits, Plan
@@ -76,20 +78,28 @@ def train_batches(
     """This rank's microbatches, without end; close the iterator to stop its workers.
 
     Args:
-        consumed_sequences: sequences of the plan that the run has used on all ranks together.
+        consumed_sequences: sequences of the plan that the run has used on all ranks together, a whole number of global
+            batches.
         with_pixels: decode images; without, batches have their slots and no pixels.
         plan: `training_plan(config, ..)` where the caller has it already.
 
     Raises:
-        UserError: see `open_source`; also from inside a worker.
+        UserError: see `open_source`, also from inside a worker; or consumed_sequences is in the middle of a global batch.
     """
+    done, rest = divmod(consumed_sequences, config.training.global_batch_size)
+    if rest:
+        raise UserError(
+            f"consumed_sequences {consumed_sequences} is not a multiple of training.global_batch_size "
+            f"{config.training.global_batch_size}: a run resumes between steps, with the global batch size it had"
+        )
+    plan = plan or training_plan(config, tokenizer=tokenizer)
     batches = _TrainingBatches(
-        plan=plan or training_plan(config, tokenizer=tokenizer),
+        plan=plan,
         assembler=_assembler(config, tokenizer=tokenizer, with_pixels=with_pixels),
         micro_batch_size=config.training.micro_batch_size,
-        consumed_sequences=consumed_sequences,
     )
-    indices = itertools.count(dp_rank, dp_size)
+    dealer = Dealer.of(config, plan, dp_size=dp_size)
+    indices = itertools.chain.from_iterable(map(partial(dealer.microbatches, dp_rank=dp_rank), itertools.count(done)))
     if config.data.num_workers and with_pixels:
         return _from_workers(_worker_loader(batches, indices, num_workers=config.data.num_workers))
     return _from_thread(batches, indices)
@@ -146,10 +156,9 @@ class _TrainingBatches(Dataset):
     plan: Plan
     assembler: Assembler
     micro_batch_size: int
-    consumed_sequences: int
 
     def __getitem__(self, microbatch: int) -> PackedBatch:
-        first = self.consumed_sequences + microbatch * self.micro_batch_size
+        first = microbatch * self.micro_batch_size
         rows = []
         for index in range(first, first + self.micro_batch_size):
             source, own = self.plan.locate(index)

@@ -70,8 +70,10 @@ class PackedSource:
             max_images=limits.max_images,
             lookahead=limits.lookahead,
         )
-        self._pieces = pieces[order[np.concatenate(sequences)]]
+        packed = order[np.concatenate(sequences)]
+        self._pieces = pieces[packed]
         self._bounds = np.cumsum([0, *map(len, sequences)])
+        self._images = np.add.reduceat(images[packed], self._bounds[:-1])
 
     def __len__(self) -> int:
         """Sequences in one epoch."""
@@ -79,9 +81,17 @@ class PackedSource:
 
     def sequence(self, index: int) -> list[tuple[int, int, int]]:
         """(document, start, stop) of the pieces of the source's sequence `index`, which may be epochs on."""
-        epoch, place = divmod(index, len(self))
-        sequence = permutation(f"{self._key}/epoch {epoch}", len(self))[place]
+        sequence = self._packed(index)
         return [tuple(piece) for piece in self._pieces[self._bounds[sequence] : self._bounds[sequence + 1]].tolist()]
+
+    def num_images(self, index: int) -> int:
+        """Images in `sequence(index)`."""
+        return int(self._images[self._packed(index)])
+
+    def _packed(self, index: int) -> int:
+        """Which of the packed sequences the source's order has at `index`."""
+        epoch, place = divmod(index, len(self))
+        return int(permutation(f"{self._key}/epoch {epoch}", len(self))[place])
 
     def pieces(self, index: int) -> list[Piece]:
         """The content of `sequence(index)`."""
@@ -120,6 +130,11 @@ class Plan:
         """Source of global sequence `index` and (document, start, stop) of its pieces."""
         source, own = self.locate(index)
         return source, self.sources[source].sequence(own)
+
+    def num_images(self, index: int) -> int:
+        """Images in global sequence `index`."""
+        source, own = self.locate(index)
+        return self.sources[source].num_images(own)
 
 
 def _cut(source: IndexedSource, limits: PackingLimits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -70,13 +70,14 @@ def build_process_groups(parallel: ParallelConfig, *, seed: int) -> ProcessGroup
     Args:
         parallel: sizes; the data-parallel size is what is left of the world size.
         seed: pipeline stages draw different numbers, and so do tensor-parallel ranks where they hold different slices;
-            data-parallel ranks draw the same.
+            data- and context-parallel ranks draw the same.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )

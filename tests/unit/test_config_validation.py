@@ -12,6 +12,10 @@ TP = "--tensor_model_parallel_size"
 PP = "--pipeline_model_parallel_size"
 EP = "--expert_model_parallel_size"
 SP = "--sequence_parallel"
+CP = "--context_parallel_size"
+VPP = "--virtual_pipeline_model_parallel_size"
+PATTERN = "--hybrid_layer_pattern"
+ETP = "--expert_tensor_parallel_size"
 FIRST = "--decoder_first_pipeline_num_layers"
 HEADS = "--model.decoder.num_attention_heads"
 
@@ -142,8 +146,7 @@ BROKEN = [
         "mm1-tiny",
         3,
         "",
-        "3 processes cannot be split into tensor_model_parallel_size 2 x pipeline_model_parallel_size 1: "
-        "start a multiple of 2, or choose smaller sizes",
+        "3 processes cannot be split into tensor_model_parallel_size 2: start a multiple of 2, or choose smaller sizes",
     ),
     ("mm1-tiny", 2, f"{PP} 2", "2 processes cannot be split into tensor_model_parallel_size 2 x pipeline"),
     (
@@ -177,9 +180,69 @@ BROKEN = [
         "mm1-tiny",
         4,
         f"{PP} 2 {FIRST} 4",
-        "decoder_first_pipeline_num_layers 4 does not leave each of 2 stages one of 4 blocks: use 1 to 3",
+        "decoder_first_pipeline_num_layers 4 does not leave each of 2 stages one of 4 blocks: use 0 to 3",
     ),
-    ("mm1-tiny", 4, f"{PP} 2 {FIRST} 0", "decoder_first_pipeline_num_layers 0 does not leave each of 2 stages one"),
+    ("mm1-tiny", 12, f"{PP} 6 {FIRST} 0", "pipeline_model_parallel_size 6 is more than the decoder's 4 blocks"),
+    (
+        "mm1-tiny",
+        4,
+        f"{CP} 4 {TP} 2",
+        "4 processes cannot be split into tensor_model_parallel_size 2 x context_parallel",
+    ),
+    (
+        "mm1-tiny",
+        6,
+        f"{CP} 3 --global_batch_size 4",
+        "seq_length 256 x micro_batch_size 4 is not divisible by 2 x context_parallel_size 3: use seq_length 258",
+    ),
+    (
+        "mm1-tiny",
+        4,
+        f"{CP} 2 {SP} --seq_length 253 --micro_batch_size 2",
+        "seq_length 253 x micro_batch_size 2 is not divisible by 2 x context_parallel_size 2 and "
+        "tensor_model_parallel_size 2, as sequence_parallel needs: use seq_length 254",
+    ),
+    ("mm1-tiny", 2, f"{VPP} 2", "virtual_pipeline_model_parallel_size 2 needs more than one pipeline rank: use 1"),
+    (
+        "mm1-tiny",
+        4,
+        f"{PP} 2 {VPP} 4",
+        "pipeline_model_parallel_size 2 x virtual stages 4 is more than the decoder's 4 blocks",
+    ),
+    (
+        "mm1-tiny",
+        4,
+        f"{PP} 2 {VPP} 2 --global_batch_size 12",
+        "3 microbatches per rank are not divisible by pipeline_model_parallel_size 2, as virtual stages need: "
+        "use a global_batch_size that is a multiple of 8",
+    ),
+    (
+        "mm1-tiny",
+        4,
+        f"{PP} 2 {VPP} 2 --eval_iters 3",
+        "training.eval_iters 3 is 3 microbatches per rank, not divisible by pipeline_model_parallel_size 2",
+    ),
+    ("mm1-tiny", 4, f"{PP} 2 {PATTERN} *-*-|*-", "hybrid_layer_pattern '*-*-|*-' is not this decoder: put the bound"),
+    ("mm1-tiny", 4, f"{PP} 2 {PATTERN} *-|*-|*-*-", "hybrid_layer_pattern '*-|*-|*-*-' has 3 stages, pipeline_model"),
+    ("mm1-tiny", 4, f"{PP} 2 {PATTERN} *-*-*-*-|", "hybrid_layer_pattern '*-*-*-*-|' leaves a stage without layers"),
+    ("mm1-tiny", 4, f"{PP} 2 {FIRST} 1 {PATTERN} *-|*-*-*-", "hybrid_layer_pattern says what decoder_first_pipeline"),
+    ("mm1-tiny", 2, f"{TP} 1 {ETP} 2", "expert_tensor_parallel_size 2 needs experts: set model.moe, or use 1"),
+    (
+        "mm1-tiny-moe",
+        2,
+        f"{EP} 2 {ETP} 2",
+        "a pipeline stage's 2 processes are not divisible by expert_model_parallel_size 2 x "
+        "expert_tensor_parallel_size 2: use 1 or 2",
+    ),
+    (
+        "mm1-tiny-moe",
+        3,
+        f"{EP} 1 {ETP} 3 --global_batch_size 12",
+        "an expert's width 352 is not divisible by expert_tensor_parallel_size 3",
+    ),
+    ("mm1-tiny-moe", 2, "--moe_expert_capacity_factor 0", "moe_expert_capacity_factor 0.0 is no multiple of a share"),
+    ("mm1-tiny-moe", 2, "--moe_router_enable_expert_bias", "moe_router_enable_expert_bias needs moe_router_score_func"),
+    ("mm1-tiny", 2, "--freeze [tower,connector,decoder]", "training.freeze names every part, which leaves nothing"),
     (
         "mm1-tiny",
         2,
