@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import megatron_mm1.parallel  # noqa: F401  # before any test imports megatron-core
-from tests.parallel.pool import Pool
+from megatron_mm1.parity.workers import Pool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

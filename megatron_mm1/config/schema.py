@@ -140,6 +140,9 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     distributed_timeout_minutes: int = 10
+    """How long a collective waits, and how long the job may stand still between two steps."""
+    heartbeat_timeout_seconds: int = 60
+    """A rank that gives no sign of life for so long is dead, and the others end (docs/faults.md); 0: do not watch."""
 
 
 @dataclass(frozen=True, kw_only=True)

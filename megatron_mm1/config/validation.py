@@ -40,6 +40,7 @@ MINIMUM: dict[str, int] = {
     "parallel.expert_model_parallel_size": 1,
     "parallel.expert_tensor_parallel_size": 1,
     "parallel.distributed_timeout_minutes": 1,
+    "parallel.heartbeat_timeout_seconds": 0,
     "data.seq_length": 2,
     "data.max_images_per_sequence": 0,
     "data.packing_lookahead": 1,

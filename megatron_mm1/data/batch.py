@@ -31,10 +31,12 @@ class Boundaries:
 
     Attributes:
         cu_seqlens: [segments + 1] int32, cumulative lengths over [B * S]; padding is a segment too.
+        on_host: the same numbers.
         max_seqlen: the longest segment, positions.
     """
 
     cu_seqlens: Tensor
+    on_host: tuple[int, ...]
     max_seqlen: int
 
     @classmethod
@@ -43,7 +45,7 @@ class Boundaries:
         starts = torch.ones_like(segment_ids, dtype=torch.bool)  # each row starts a segment
         starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
         cu_seqlens = torch.cat([starts.flatten().nonzero().flatten(), torch.tensor([segment_ids.numel()])]).int()
-        return cls(cu_seqlens=cu_seqlens, max_seqlen=int(cu_seqlens.diff().max()))
+        return cls(cu_seqlens=cu_seqlens, on_host=tuple(cu_seqlens.tolist()), max_seqlen=int(cu_seqlens.diff().max()))
 
 
 @dataclass(frozen=True)
@@ -94,5 +96,5 @@ class PackedBatch:
             segment_ids=move(self.segment_ids),
             source_ids=move(self.source_ids),
             images=images,
-            boundaries=Boundaries(cu_seqlens=move(boundaries.cu_seqlens), max_seqlen=boundaries.max_seqlen),
+            boundaries=replace(boundaries, cu_seqlens=move(boundaries.cu_seqlens)),
         )

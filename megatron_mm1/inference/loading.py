@@ -63,7 +63,7 @@ def open_engine(checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED) -> Itera
     try:
         groups = build_process_groups(config.parallel, seed=config.training.seed)
         model = build_module(config, backend=backend, pg_collection=groups)
-        load_weights(checkpoint, model, pg_collection=groups)
+        load_weights(checkpoint, [model], pg_collection=groups)
         yield Engine(config, model, tokenizer, pg_collection=groups)
         torch.distributed.barrier()
         destroy_process_groups()
@@ -80,17 +80,21 @@ def inference_config(saved: MM1Config, *, sizes: ParallelSizes, world_size: int)
 
     tensor = size(sizes.tensor_model_parallel_size, before.tensor_model_parallel_size)
     pipeline = size(sizes.pipeline_model_parallel_size, before.pipeline_model_parallel_size)
-    same_stages = pipeline == before.pipeline_model_parallel_size
+    same_stages = pipeline == before.pipeline_model_parallel_size and before.virtual_pipeline_model_parallel_size == 1
     parallel = replace(
         before,
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         expert_model_parallel_size=size(sizes.expert_model_parallel_size, before.expert_model_parallel_size),
         sequence_parallel=tensor > 1 and (before.sequence_parallel or saved.model.moe is not None),
+        virtual_pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        expert_tensor_parallel_size=1,
         decoder_first_pipeline_num_layers=before.decoder_first_pipeline_num_layers if same_stages else None,
+        hybrid_layer_pattern=before.hybrid_layer_pattern if same_stages else None,
         use_distributed_optimizer=False,
         overlap_grad_reduce=False,
     )
     # Validation wants a global batch that the processes divide.
-    training = replace(saved.training, global_batch_size=saved.training.micro_batch_size * world_size)
+    training = replace(saved.training, global_batch_size=saved.training.micro_batch_size * world_size, freeze=())
     return replace(saved, parallel=parallel, training=training)

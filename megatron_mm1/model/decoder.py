@@ -1,11 +1,14 @@
 """The decoder: megatron-core's HybridModel, described by our configuration."""
 
+import math
+from typing import Any
+
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from megatron_mm1.config import MM1Config
+from megatron_mm1.config import MM1Config, TrainingConfig
 from megatron_mm1.config.derived import padded_vocab_size
 from megatron_mm1.model.specs import decoder_stack_spec
 from megatron_mm1.parallel.stages import layer_pattern
@@ -27,11 +30,17 @@ def decoder_transformer_config(config: MM1Config, *, backend: str) -> Transforme
             num_moe_experts=moe.num_moe_experts,
             moe_ffn_hidden_size=moe.moe_ffn_hidden_size or decoder.ffn_hidden_size,
             moe_router_topk=moe.moe_router_topk,
+            moe_router_score_function=moe.moe_router_score_function,
             moe_router_load_balancing_type="aux_loss",
             moe_aux_loss_coeff=moe.moe_aux_loss_coeff,
             moe_z_loss_coeff=moe.moe_z_loss_coeff,
+            moe_router_enable_expert_bias=moe.moe_router_enable_expert_bias,
+            moe_router_bias_update_rate=moe.moe_router_bias_update_rate,
             moe_router_dtype="fp32",
-            moe_token_dispatcher_type="alltoall",
+            moe_token_dispatcher_type=moe.moe_token_dispatcher_type,
+            # Our router drops tokens itself, and padding always. Without a factor the dispatcher would take every token
+            # to have all its experts instead of counting.
+            moe_expert_capacity_factor=moe.moe_expert_capacity_factor or math.inf,
             moe_grouped_gemm=transformer_engine,
         )
     return TransformerConfig(
@@ -57,8 +66,12 @@ def decoder_transformer_config(config: MM1Config, *, backend: str) -> Transforme
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None
+        ),
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         # Loss and gradients are divided once, by the global number of trained tokens, so that every layout computes
         # the same.
@@ -71,8 +84,23 @@ def decoder_transformer_config(config: MM1Config, *, backend: str) -> Transforme
         masked_softmax_fusion=False,
         apply_rope_fusion=transformer_engine,
         variable_seq_lengths=False,
+        **_recomputation(config.training),
         **experts,
     )
+
+
+def _recomputation(training: TrainingConfig) -> dict[str, Any]:
+    match training.recompute_granularity:
+        case "full":
+            return dict(
+                recompute_granularity="full",
+                recompute_method=training.recompute_method,
+                recompute_num_layers=training.recompute_num_layers,
+            )
+        case "selective":
+            return dict(recompute_granularity="selective", recompute_modules=list(training.recompute_modules))
+        case _:
+            return {}
 
 
 def build_decoder(
@@ -83,15 +111,18 @@ def build_decoder(
     pg_collection: ProcessGroupCollection,
     pre_process: bool,
     post_process: bool,
+    vp_stage: int | None = None,
 ) -> HybridModel:
-    """This rank's part of the decoder.
+    """This rank's part of the decoder, or of its virtual stage.
 
     The embedding returns whole sequences also under sequence parallelism: images are injected before the scatter.
     """
     decoder = config.model.decoder
     return HybridModel(
         transformer_config,
-        decoder_stack_spec(backend, qk_layernorm=decoder.qk_layernorm),
+        decoder_stack_spec(
+            backend, qk_layernorm=decoder.qk_layernorm, context_parallel=config.parallel.context_parallel_size > 1
+        ),
         vocab_size=padded_vocab_size(decoder.vocab_size, config.parallel.tensor_model_parallel_size),
         max_sequence_length=config.data.seq_length,
         hybrid_layer_pattern=layer_pattern(config),
@@ -102,4 +133,5 @@ def build_decoder(
         rotary_base=decoder.rotary_base,
         scatter_embedding_sequence_parallel=False,
         pg_collection=pg_collection,
+        vp_stage=vp_stage,
     )

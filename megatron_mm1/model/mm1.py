@@ -12,13 +12,16 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_mm1.config import MM1Config
 from megatron_mm1.data.batch import ImageGroup, PackedBatch
 from megatron_mm1.model.attention import segment_mask
 from megatron_mm1.model.connectors import build_connector
 from megatron_mm1.model.decoder import build_decoder, decoder_transformer_config
+from megatron_mm1.model.router import IMAGE, PADDING, TEXT, Router
 from megatron_mm1.model.vision import build_tower, vision_layer_spec, vision_transformer_config
+from megatron_mm1.parallel.context import ChunkBoundaries, local_chunks, local_positions
 from megatron_mm1.parallel.groups import solo_group
 from megatron_mm1.parallel.vision_work import (
     broadcast_parameters,
@@ -34,46 +37,36 @@ class MM1Model(MegatronModule):
 
     The decoder sees a microbatch of B packed sequences of S positions as one of T = B * S: hidden states are [T, 1,
     H], and attention is kept within examples by the mask of `segment_mask` (local backend) or by cumulative lengths
-    (Transformer Engine). The decoder's attribute is `language_model`, as in megatron-core's own multimodal models:
-    the pipeline schedules take an attribute `decoder` for a transformer stack.
+    (Transformer Engine). Under context parallelism each rank has T / C of the positions from the first block on. The
+    decoder's attribute is `language_model`, as in megatron-core's own multimodal models: the pipeline schedules take
+    an attribute `decoder` for a transformer stack.
 
     Args:
         config: the whole configuration.
         backend: "transformer_engine" or "local".
         pg_collection: the process groups of this layout.
+        vp_stage: which of this rank's virtual stages; None where there is one.
     """
 
-    def __init__(self, config: MM1Config, *, backend: str, pg_collection: ProcessGroupCollection) -> None:
+    def __init__(
+        self,
+        config: MM1Config,
+        *,
+        backend: str,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
+    ) -> None:
         super().__init__(decoder_transformer_config(config, backend=backend))
         self.model_type = ModelType.encoder_or_decoder  # the schedules ask
         self.backend = backend
         self.pg_collection = pg_collection
-        self.pre_process = pg_collection.pp.rank() == 0
-        self.post_process = pg_collection.pp.rank() == pg_collection.pp.size() - 1
+        self.vp_stage = vp_stage
+        pp, last_virtual = pg_collection.pp, config.parallel.virtual_pipeline_model_parallel_size - 1
+        self.pre_process = pp.rank() == 0 and vp_stage in (None, 0)
+        self.post_process = pp.rank() == pp.size() - 1 and vp_stage in (None, last_virtual)
         self.share_embeddings_and_output_weights = not config.model.decoder.untie_embeddings_and_output_weights
         if self.pre_process:
-            vision = config.model.vision
-            self.vision_group, tower_groups = None, pg_collection
-            if config.parallel.vision_parallel_mode == "data" and pg_collection.tp.size() > 1:
-                self.vision_group, tower_groups = pg_collection.tp, copy.copy(pg_collection)
-                tower_groups.tp = solo_group()
-            self.image_size, self.tokens_per_image = vision.image_size, config.model.connector.tokens_per_image
-            self.tower = build_tower(
-                vision,
-                transformer_config=vision_transformer_config(
-                    vision, parallel=config.parallel, precision=config.training.precision
-                ),
-                layer_spec=vision_layer_spec(backend),
-                pg_collection=tower_groups,
-            )
-            if self.vision_group is not None:
-                mark_replicated(self._parameters_of("tower"))
-            self.connector = build_connector(
-                config.model.connector,
-                vision_hidden_size=self.tower.hidden_size,
-                hidden_size=config.model.decoder.hidden_size,
-                grid=self.tower.grid(vision.image_size, vision.image_size),
-            )
+            self._build_vision(config)
         self.language_model = build_decoder(
             config,
             self.config,
@@ -81,7 +74,46 @@ class MM1Model(MegatronModule):
             pg_collection=pg_collection,
             pre_process=self.pre_process,
             post_process=self.post_process,
+            vp_stage=vp_stage,
         )
+        self._freeze(config.training.freeze)
+
+    def _build_vision(self, config: MM1Config) -> None:
+        vision, groups = config.model.vision, copy.copy(self.pg_collection)
+        groups.cp = solo_group() if groups.cp.size() > 1 else groups.cp  # an image's patches are never split
+        self.vision_group = None
+        if config.parallel.vision_parallel_mode == "data" and self.pg_collection.tp_cp.size() > 1:
+            self.vision_group, groups.tp = self.pg_collection.tp_cp, solo_group()
+        self.image_size, self.tokens_per_image = vision.image_size, config.model.connector.tokens_per_image
+        self.tower = build_tower(
+            vision,
+            transformer_config=vision_transformer_config(
+                vision,
+                parallel=config.parallel,
+                precision=config.training.precision,
+                recompute=config.training.vision_recompute,
+            ),
+            layer_spec=vision_layer_spec(self.backend),
+            pg_collection=groups,
+        )
+        if self.vision_group is not None:
+            mark_replicated(self._parameters_of("tower"))
+        self.connector = build_connector(
+            config.model.connector,
+            vision_hidden_size=self.tower.hidden_size,
+            hidden_size=config.model.decoder.hidden_size,
+            grid=self.tower.grid(vision.image_size, vision.image_size),
+        )
+
+    def _freeze(self, components: Sequence[str]) -> None:
+        """Take components out of training; megatron-core leaves what needs no gradient out of its buffers."""
+        self.frozen = frozenset(components)
+        attributes = {"tower": "tower", "connector": "connector", "decoder": "language_model"}
+        for parameter in self._parameters_of(*(attributes[component] for component in components)):
+            parameter.requires_grad_(False)
+        for module in self.language_model.modules():
+            if isinstance(module, Router):
+                module.frozen_expert_bias = "decoder" in self.frozen
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied weight, which megatron-core keeps equal on the first and last stage."""
@@ -92,32 +124,38 @@ class MM1Model(MegatronModule):
         self.language_model.set_input_tensor(input_tensor)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """[N, 3, H, W] pixels -> [N, tokens_per_image, hidden_size] image tokens, the same on all tensor-parallel
-        ranks.
+        """[N, 3, H, W] pixels -> [N, tokens_per_image, hidden_size] image tokens, the same on all tensor- and
+        context-parallel ranks.
         """
         num_images = len(pixels)
         if self.vision_group is not None:
             start, stop = share_of(num_images, self.vision_group)
             pixels = pixels[start:stop]
-        tokens = self.connector(self.tower(pixels), self.tower.grid(*pixels.shape[-2:]))
-        return tokens if self.vision_group is None else gather_images(tokens, num_images, self.vision_group)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "tower" not in self.frozen):
+            features = self.tower(pixels)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not {"tower", "connector"} <= self.frozen):
+            tokens = self.connector(features, self.tower.grid(*pixels.shape[-2:]))
+            if self.vision_group is None:
+                return tokens
+            return gather_images(tokens, num_images, self.vision_group, context_group=self.pg_collection.cp)
 
     def _parameters_of(self, *parts: str) -> list[torch.nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if name.split(".")[0] in parts]
 
     def equalize_vision_weights(self) -> None:
-        """Make initial tower and connector weights equal on ranks that share out images; on the device, by every
-        rank.
+        """Make initial tower and connector weights equal on tensor-parallel ranks that share out images (the others
+        are replicas, which data parallelism equalises); on the device, by every rank.
         """
         if self.pre_process and self.vision_group is not None:
-            broadcast_parameters(self._parameters_of("tower", "connector"), self.vision_group)
+            broadcast_parameters(self._parameters_of("tower", "connector"), self.pg_collection.tp)
 
     def finalize_vision_gradients(self) -> None:
-        """Add up what ranks that encoded different images found for tower and connector; every rank calls it once,
-        after the backward passes of a step.
+        """Add up what tensor-parallel ranks that encoded different images found for tower and connector; every rank
+        calls it once, after the backward passes of a step and data parallelism's reduction, which covers context-
+        parallel ranks.
         """
         if self.pre_process and self.vision_group is not None:
-            reduce_gradients(self._parameters_of("tower", "connector"), self.vision_group)
+            reduce_gradients(self._parameters_of("tower", "connector"), self.pg_collection.tp)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[()] = (), metadata: dict[str, Any] | None = None
@@ -172,41 +210,63 @@ class MM1Model(MegatronModule):
             return_logits: what the last stage returns.
 
         Returns:
-            On the last stage the loss of each position [B, S] (float32; only where labels are not IGNORE does it mean
-            anything), or with `return_logits` the logits [B, S, vocabulary] gathered over tensor-parallel ranks. On
-            other stages the hidden states [T / (tensor-parallel size under sequence parallelism), 1, H].
+            On the last stage the loss of each of this rank's positions [T / C] (float32; only where labels are not
+            IGNORE does it mean anything), or with `return_logits` the logits [B, S, vocabulary] gathered over
+            tensor-parallel ranks (not under context parallelism). On other stages the hidden states [T / C / (tensor-
+            parallel size under sequence parallelism), 1, H].
         """
-        hidden_states = self.embed(batch, image_tokens=image_tokens) if self.pre_process else None
-        padding_mask = None
+        tp, cp = self.pg_collection.tp, self.pg_collection.cp
+        assert not (return_logits and cp.size() > 1), "logits are for inference, which runs without context parallelism"
+        hidden_states = None
+        if self.pre_process:
+            hidden_states = local_positions(self.embed(batch, image_tokens=image_tokens), cp)
+        kinds = None
         if self.config.num_moe_experts:
-            padding_mask = (batch.segment_ids == 0).reshape(1, -1)  # [1, T]
+            kinds = local_positions(position_kinds(batch), cp)[None]  # [1, T / C]
         if self.config.sequence_parallel:
             if hidden_states is not None:
-                hidden_states = scatter_to_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
-            if padding_mask is not None:
-                padding_mask = padding_mask.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
+                hidden_states = scatter_to_sequence_parallel_region(hidden_states, group=tp)
+            if kinds is not None:
+                kinds = kinds.chunk(tp.size(), dim=1)[tp.rank()]
         local = self.backend == "local"
         output = self.language_model(
             input_ids=None,
             position_ids=None,
-            attention_mask=segment_mask(batch.segment_ids) if local else None,
+            attention_mask=segment_mask(batch.segment_ids, cp) if local else None,
             decoder_input=hidden_states,
-            labels=None if return_logits else batch.labels.reshape(1, -1),
+            labels=None if return_logits else local_positions(batch.labels.flatten(), cp)[None],
             runtime_gather_output=return_logits or None,
-            packed_seq_params=None if local else packed_seq_params(batch),
-            padding_mask=padding_mask,
+            packed_seq_params=None if local else packed_seq_params(batch, cp),
+            padding_mask=kinds,
         )
         if not self.post_process:
             return output
-        return output.view(*batch.tokens.shape, *output.shape[2:])
+        return output.view(*batch.tokens.shape, -1) if return_logits else output.flatten()
 
 
-def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
-    """Cumulative example lengths of the flattened microbatch, as Transformer Engine takes them."""
+def position_kinds(batch: PackedBatch) -> Tensor:
+    """[T] int8 TEXT, IMAGE or PADDING of each position of the flattened microbatch."""
+    kinds = torch.where(batch.segment_ids.flatten() == 0, PADDING, TEXT).to(torch.int8)
+    for group in batch.images:
+        kinds.index_fill_(0, group.slots.flatten(), IMAGE)
+    return kinds
+
+
+def packed_seq_params(batch: PackedBatch, context_group: ProcessGroup) -> PackedSeqParams:
+    """Boundaries of the examples of the flattened microbatch, as Transformer Engine's attention takes them."""
     boundaries = batch.boundaries
     assert boundaries is not None, (
         "PackedBatch.to computes the boundaries on the host, before the batch reaches the device"
     )
+    if context_group.size() > 1:
+        from megatron_mm1.model.te_attention import ContextParallelParams
+
+        positions, device = batch.tokens.numel(), batch.tokens.device
+        chunks = tuple(
+            ChunkBoundaries.of(boundaries.on_host, start, stop, device=device)
+            for start, stop in local_chunks(positions, context_group)
+        )
+        return ContextParallelParams(max_seqlen_q=positions, max_seqlen_kv=positions, chunks=chunks)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries.cu_seqlens,

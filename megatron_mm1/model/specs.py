@@ -21,7 +21,6 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import (
     MlpBuilder,
@@ -32,7 +31,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_mm1.model.attention import LocalAttention
 from megatron_mm1.model.norms import LocalNorm
-from megatron_mm1.model.router import Router
+from megatron_mm1.model.router import ExpertsLayer, Router
 
 
 class LocalHybridStack(HybridStack):
@@ -65,7 +64,7 @@ class _Modules:
     fused_norm: bool
 
 
-def _modules(backend: str) -> _Modules:
+def _modules(backend: str, *, context_parallel: bool) -> _Modules:
     if backend == "local":
         return _Modules(
             stack=LocalHybridStack,
@@ -78,25 +77,28 @@ def _modules(backend: str) -> _Modules:
         )
     from megatron.core.extensions import transformer_engine as te
 
+    from megatron_mm1.model.te_attention import ContextParallelAttention
+
     return _Modules(
         stack=HybridStack,
         norm=te.TENorm,
         column_parallel=te.TELayerNormColumnParallelLinear,
         row_parallel=te.TERowParallelLinear,
-        core_attention=te.TEDotProductAttention,
+        core_attention=ContextParallelAttention if context_parallel else te.TEDotProductAttention,
         mask=AttnMaskType.padding_causal,
         fused_norm=True,
     )
 
 
-def decoder_stack_spec(backend: str, *, qk_layernorm: bool) -> ModuleSpec:
+def decoder_stack_spec(backend: str, *, qk_layernorm: bool, context_parallel: bool = False) -> ModuleSpec:
     """The decoder's stack: one layer spec per symbol of the layer pattern (`*` attention, `-` dense FFN, `E` experts).
 
     Args:
         backend: "transformer_engine" or "local".
         qk_layernorm: normalise queries and keys per head.
+        context_parallel: ranks share the positions of a sequence.
     """
-    modules = _modules(backend)
+    modules = _modules(backend, context_parallel=context_parallel)
     norm = IdentityOp if modules.fused_norm else modules.norm
     qk_norm = modules.norm if qk_layernorm else None
     attention = SelfAttentionSubmodules(
@@ -139,7 +141,7 @@ def _experts_spec(*, use_te: bool) -> MlpBuilder:
     layer = get_moe_module_spec(use_te=use_te, num_experts=1, moe_grouped_gemm=use_te)
     submodules = layer.keywords["submodules"]
     experts = partial(_distinct_experts, submodules.experts)
-    return partial(MoELayer, submodules=dataclasses.replace(submodules, router=Router, experts=experts))
+    return partial(ExpertsLayer, submodules=dataclasses.replace(submodules, router=Router, experts=experts))
 
 
 def _distinct_experts(build: Any, *args: Any, pg_collection: ProcessGroupCollection, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
 """Transformer Engine's packed attention under context parallelism.
 
 Transformer Engine can split packed sequences over ranks itself, but only where the length of every example is a
-multiple of 2 C, which would change what is packed with the layout. Instead each rank gathers keys and values and runs the
-packed kernel on each of its two chunks of queries; a segment that began before the chunk has more keys than queries, and
-the causal mask is aligned at its end. Imported only where Transformer Engine is.
+multiple of 2 C, which would change what is packed with the layout. Instead each rank gathers keys and values and runs
+the packed kernel on each of its two chunks of queries; a segment that began before the chunk has more keys than
+queries, and the causal mask is aligned at its end. Imported only where Transformer Engine is.
 """
 
 import copy

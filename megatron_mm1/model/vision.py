@@ -48,7 +48,9 @@ INIT_STD = 0.02
 """Standard deviation of initial weights; those that end a residual branch have it divided by sqrt(2 num_layers)."""
 
 
-def vision_transformer_config(vision: VisionConfig, *, parallel: ParallelConfig, precision: str) -> TransformerConfig:
+def vision_transformer_config(
+    vision: VisionConfig, *, parallel: ParallelConfig, precision: str, recompute: bool = False
+) -> TransformerConfig:
     """megatron-core's configuration of the tower.
 
     Built from scratch and not from the decoder's, so that no pipeline, expert or sequence-parallel setting leaks in:
@@ -57,6 +59,7 @@ def vision_transformer_config(vision: VisionConfig, *, parallel: ParallelConfig,
 
     Args:
         precision: "bf16" or "fp32", of parameters and activations.
+        recompute: keep only the input of each block for the backward pass.
 
     Raises:
         ConfigError: `feature_layer` names no block.
@@ -69,6 +72,9 @@ def vision_transformer_config(vision: VisionConfig, *, parallel: ParallelConfig,
             ]
         )
     bf16 = precision == "bf16"
+    recomputation: dict[str, Any] = {}
+    if recompute:
+        recomputation = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return TransformerConfig(
         num_layers=num_vision_blocks(vision),
         hidden_size=vision.hidden_size,
@@ -96,6 +102,7 @@ def vision_transformer_config(vision: VisionConfig, *, parallel: ParallelConfig,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        **recomputation,
     )
 
 

@@ -1,8 +1,8 @@
 """A microbatch split over context-parallel ranks.
 
 The T positions of a flattened microbatch are cut into 2 C equal chunks, and rank r of C holds chunks r and 2 C - 1 - r:
-causal attention costs more the later a position is, and so every rank gets early and late ones. megatron-core slices its
-rotary embedding the same way.
+causal attention costs more the later a position is, and so every rank gets early and late ones. megatron-core slices
+its rotary embedding the same way.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ class ChunkBoundaries:
         segments = [(first, end) for first, end in pairwise(cu_seqlens) if first < stop and end > start]
         key_start = segments[0][0]
         queries, keys = [0], [0]
-        for first, end in segments:
+        for _, end in segments:
             queries.append(min(end, stop) - start)
             keys.append(min(end, stop) - key_start)
         return cls(

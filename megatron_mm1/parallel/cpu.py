@@ -47,12 +47,13 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """`factory` with a literal device="cuda" read as the CPU."""
+    """`factory` with a literal device="cuda" read as the CPU, and without pinned memory, which is a GPU driver's."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return create
@@ -129,7 +130,8 @@ def _install_tensor_types() -> None:
 
 
 def _install_collectives() -> None:
-    """gloo's all_to_all_single takes split sizes as lists; the token dispatcher passes tensors."""
+    """gloo's all_to_all_single takes split sizes as lists, and the token dispatcher passes tensors; gloo gathers and
+    scatters equal sizes only, and experts that several ranks share get as many tokens as each has."""
     all_to_all_single = torch.distributed.all_to_all_single
 
     def as_list(sizes: Any) -> list[int] | None:
@@ -142,6 +144,33 @@ def _install_collectives() -> None:
         return all_to_all_single(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
 
     torch.distributed.all_to_all_single = with_lists
+    all_gather, reduce_scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+
+    @functools.wraps(all_gather)
+    def all_gather_unequal(tensor_list: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+        most = max(len(part) for part in tensor_list) if tensor.dim() else 0
+        if all(len(part) == most for part in tensor_list if part.dim()):
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        padded = tensor.new_zeros(most, *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        gathered = [torch.empty_like(padded) for _ in tensor_list]
+        all_gather(gathered, padded, group=group)
+        for part, whole in zip(tensor_list, gathered, strict=True):
+            part.copy_(whole[: len(part)])
+        return None
+
+    @functools.wraps(reduce_scatter)
+    def reduce_scatter_unequal(output: Any, input_list: Any, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if len({len(part) for part in input_list}) == 1:
+            return reduce_scatter(output, input_list, *args, group=group, **kwargs)
+        total = torch.cat(list(input_list))
+        torch.distributed.all_reduce(total, group=group)
+        mine = torch.distributed.get_rank(group)
+        output.copy_(total.split([len(part) for part in input_list])[mine])
+        return None
+
+    torch.distributed.all_gather = all_gather_unequal
+    torch.distributed.reduce_scatter = reduce_scatter_unequal
 
 
 def install() -> None:

@@ -1,5 +1,6 @@
 """Which device and layer backend this process runs on, decided before megatron-core is imported."""
 
+import logging
 import os
 import sys
 import warnings
@@ -15,8 +16,13 @@ _INNER_WARNINGS = (
     "MimoModelConfig is experimental",
     "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",
     "The argument order of load has been changed",
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
+    "Please use DTensor instead and we are deprecating ShardedTensor",
 )
 """About how megatron-core calls itself or torch: nothing that a user of ours does or could change."""
+
+_INNER_MESSAGE = "DistributedDataParallel: full_param_layout not provided"
+"""The same, in megatron-core's log."""
 
 
 @cache
@@ -51,7 +57,11 @@ def prepare() -> None:
         # megatron-core says so in six places on import; `transformer_engine_problem` says it once, with the reason.
         warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed", category=UserWarning)
     for about_megatron_core_itself in _INNER_WARNINGS:
-        warnings.filterwarnings("ignore", message=about_megatron_core_itself, category=UserWarning)
+        for category in (UserWarning, FutureWarning):
+            warnings.filterwarnings("ignore", message=about_megatron_core_itself, category=category)
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilter(
+        lambda record: _INNER_MESSAGE not in record.getMessage()
+    )
     if not torch.cuda.is_available():
         cpu.install()
 

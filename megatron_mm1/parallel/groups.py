@@ -11,11 +11,14 @@ from megatron_mm1.config import ParallelConfig
 from megatron_mm1.errors import UserError
 
 
-def initialize_process_group(*, timeout_minutes: int) -> None:
+def initialize_process_group(*, timeout_minutes: int) -> torch.distributed.Store:
     """Join the job: NCCL where there are GPUs, gloo elsewhere; a single process when no launcher set the environment.
 
     torchrun's variables are used where they are set, then Slurm's (plain `srun`, with MASTER_ADDR and MASTER_PORT
     exported).
+
+    Returns:
+        The job's key-value store.
     """
     rank, world_size, local_rank = launcher_ranks()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -40,6 +43,7 @@ def initialize_process_group(*, timeout_minutes: int) -> None:
     torch.distributed.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes)
     )
+    return store
 
 
 def _device_index(local_rank: int) -> int:

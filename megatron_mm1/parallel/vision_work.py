@@ -1,7 +1,7 @@
 """Images shared out over the ranks that hold the same sequences ("data" mode of vision work).
 
-The tower is whole on every tensor-parallel rank; each encodes its share of a microbatch's images, and the image
-tokens are gathered. Collectives in the tower's layers, which cost more than the tower where it is small, are not
+The tower is whole on every tensor- and context-parallel rank; each encodes its share of a microbatch's images, and the
+image tokens are gathered. Collectives in the tower's layers, which cost more than the tower where it is small, are not
 needed.
 """
 
@@ -21,26 +21,29 @@ def share_of(num_images: int, group: ProcessGroup) -> tuple[int, int]:
     return start, start + each + (rank < extra)
 
 
-def gather_images(tokens: Tensor, num_images: int, group: ProcessGroup) -> Tensor:
+def gather_images(tokens: Tensor, num_images: int, group: ProcessGroup, *, context_group: ProcessGroup) -> Tensor:
     """Every rank's image tokens, in the order of the images.
 
-    The gradient of an image's tokens is the same on all ranks of `group`, which go on with the same sequences, so the
-    backward pass hands each rank its own part and adds up nothing.
+    Tensor-parallel ranks go on with the same positions and have the same gradient of an image's tokens, context-
+    parallel ranks each have that of their own positions: the backward pass adds up over the latter only and hands
+    each rank its own images.
 
     Args:
         tokens: [this rank's images, tokens_per_image, hidden_size].
         num_images: of all ranks together.
+        group: tensor- x context-parallel ranks.
+        context_group: the context-parallel ones.
 
     Returns:
         [num_images, tokens_per_image, hidden_size].
     """
-    return _GatherImages.apply(tokens, num_images, group) if num_images else tokens
+    return _GatherImages.apply(tokens, num_images, group, context_group) if num_images else tokens
 
 
 class _GatherImages(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, num_images: int, group: ProcessGroup) -> Tensor:
-        ctx.span = share_of(num_images, group)
+    def forward(ctx: Any, tokens: Tensor, num_images: int, group: ProcessGroup, context_group: ProcessGroup) -> Tensor:
+        ctx.span, ctx.context_group = share_of(num_images, group), context_group
         most = -(-num_images // group.size())
         # Collectives want equal sizes: the ranks with one image less send a row of zeros, which is left out again.
         padded = tokens.new_zeros(most, *tokens.shape[1:])
@@ -51,9 +54,12 @@ class _GatherImages(torch.autograd.Function):
         return torch.cat([part[: each + (rank < extra)] for rank, part in enumerate(gathered)])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        start, stop = ctx.span
-        return gradients[0][start:stop].contiguous(), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient, (start, stop) = gradients[0], ctx.span
+        if ctx.context_group.size() > 1:
+            gradient = gradient.clone()
+            torch.distributed.all_reduce(gradient, group=ctx.context_group)
+        return gradient[start:stop].contiguous(), None, None, None
 
 
 def mark_replicated(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -1,6 +1,6 @@
 """Model, optimizer and learning-rate schedule from the configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from megatron_mm1.config import MM1Config
 from megatron_mm1.model.mm1 import MM1Model
 from megatron_mm1.parallel.device import device
 
+Model = list[DistributedDataParallel]
+"""A rank's part of the model: one stage, or several in turns under virtual pipelining."""
+
 COMPONENTS = ("tower", "connector", "decoder")
 """The model's parts."""
 
@@ -39,9 +42,11 @@ def unwrap(model: torch.nn.Module) -> MM1Model:
     return model
 
 
-def build_module(config: MM1Config, *, backend: str, pg_collection: ProcessGroupCollection) -> torch.nn.Module:
-    """This rank's stage of the model on this rank's device, in the configured precision."""
-    model: torch.nn.Module = MM1Model(config, backend=backend, pg_collection=pg_collection)
+def build_module(
+    config: MM1Config, *, backend: str, pg_collection: ProcessGroupCollection, vp_stage: int | None = None
+) -> torch.nn.Module:
+    """This rank's stage of the model (or its virtual stage) on this rank's device, in the configured precision."""
+    model: torch.nn.Module = MM1Model(config, backend=backend, pg_collection=pg_collection, vp_stage=vp_stage)
     if config.training.precision == "bf16":
         model = Float16Module(model.config, model)
     model = model.to(device())
@@ -49,30 +54,44 @@ def build_module(config: MM1Config, *, backend: str, pg_collection: ProcessGroup
     return model
 
 
-def build_model(config: MM1Config, *, backend: str, pg_collection: ProcessGroupCollection) -> DistributedDataParallel:
-    """This rank's stage of the model, wrapped for data-parallel training.
+def build_model(config: MM1Config, *, backend: str, pg_collection: ProcessGroupCollection) -> Model:
+    """This rank's stages of the model, wrapped for data-parallel training.
 
     In bf16, weights are bf16 and gradients are accumulated and reduced in float32.
     """
-    module = build_module(config, backend=backend, pg_collection=pg_collection)
-    transformer_config = unwrap(module).config
-    wrapped = DistributedDataParallel(
-        transformer_config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        ),
-        module,
-        pg_collection=pg_collection,
-    )
-    wrapped.broadcast_params()
-    transformer_config.no_sync_func = wrapped.no_sync
-    transformer_config.finalize_model_grads_func = _finalize_gradients
-    return wrapped
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in range(virtual):
+        module = build_module(
+            config, backend=backend, pg_collection=pg_collection, vp_stage=vp_stage if virtual > 1 else None
+        )
+        chunk = DistributedDataParallel(
+            unwrap(module).config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+                overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+            ),
+            module,
+            disable_bucketing=vp_stage > 0,  # small next to the first stage's, and reduced in one piece
+            pg_collection=pg_collection,
+        )
+        chunk.broadcast_params()
+        chunks.append(chunk)
+    no_sync = [chunk.no_sync for chunk in chunks]
+    for chunk in chunks:  # the schedules read the first one's
+        unwrap(chunk).config.no_sync_func = no_sync if virtual > 1 else no_sync[0]
+        unwrap(chunk).config.finalize_model_grads_func = _finalize_gradients
+    return chunks
 
 
-def _finalize_gradients(model: list[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
+def named_parameters(model: Model) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters of all of this rank's stages; names can repeat, since each counts its layers from 0."""
+    for chunk in model:
+        yield from chunk.named_parameters()
+
+
+def _finalize_gradients(model: Model, *args: Any, **kwargs: Any) -> None:
     """megatron-core's reductions over data-parallel ranks, sequence slices and tied weights, then ours over images."""
     finalize_model_grads(model, *args, **kwargs)
     for chunk in model:
@@ -80,7 +99,10 @@ def _finalize_gradients(model: list[DistributedDataParallel], *args: Any, **kwar
 
 
 def build_optimizer(
-    config: MM1Config, model: DistributedDataParallel, *, pg_collection: ProcessGroupCollection
+    config: MM1Config,
+    model: Model,
+    *,
+    pg_collection: ProcessGroupCollection,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW with a learning rate per component, and linear warm-up followed by a cosine.
 
@@ -106,7 +128,7 @@ def build_optimizer(
             key = ParamKey(name=f"*module.{component}.*")
             overrides[key] = {"max_lr": lr, "min_lr": lr * settings.min_lr_ratio}
     optimizer = get_megatron_optimizer(
-        megatron_config, [model], overrides, use_gloo_process_groups=False, pg_collection=pg_collection
+        megatron_config, model, overrides, use_gloo_process_groups=False, pg_collection=pg_collection
     )
     # The scheduler counts sequences, so that it need not change with the batch size.
     sequences = training.global_batch_size
@@ -132,14 +154,14 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def component_learning_rates(config: MM1Config, optimizer: MegatronOptimizer) -> Mapping[str, float]:
-    """The learning rate in force for each component.
+    """The learning rate in force for each component that is trained.
 
     Every rank has every parameter group (megatron-core aligns them), so this is the same on all ranks.
     """
     settings = config.optimizer
     peaks = {"tower": settings.vision_lr, "connector": settings.connector_lr, "decoder": None}
     rates = {}
-    for component, peak in peaks.items():
-        wanted = settings.lr if peak is None else peak
+    for component in set(COMPONENTS) - set(config.training.freeze):
+        wanted = settings.lr if peaks[component] is None else peaks[component]
         rates[component] = next(float(group["lr"]) for group in optimizer.param_groups if group["max_lr"] == wanted)
     return rates

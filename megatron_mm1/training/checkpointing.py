@@ -9,13 +9,13 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -26,13 +26,13 @@ from megatron_mm1 import __version__
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.serialization import from_dict
 from megatron_mm1.errors import UserError
-from megatron_mm1.training.build import optimizer_parts, unwrap
+from megatron_mm1.training.build import Model, optimizer_parts, unwrap
 
 FORMAT_VERSION = 1
 METADATA = "mm1.json"
 LATEST = "latest"
 
-_NAMING = {
+NAMING = {
     "non_homogeneous_layers": True,  # each layer's tensors under its own number, in the tower as in the decoder
     "chained_optim_avoid_prefix": True,
 }
@@ -106,7 +106,7 @@ def read_metadata(checkpoint: Path) -> CheckpointMetadata:
 def save_checkpoint(
     folder: Path,
     metadata: CheckpointMetadata,
-    model: DistributedDataParallel,
+    model: Model,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     *,
@@ -137,20 +137,20 @@ def save_checkpoint(
     return final
 
 
-def load_weights(checkpoint: Path, model: torch.nn.Module, *, pg_collection: ProcessGroupCollection) -> None:
-    """Load a model's weights into this layout, whatever layout they were saved from.
+def load_weights(checkpoint: Path, model: Sequence[torch.nn.Module], *, pg_collection: ProcessGroupCollection) -> None:
+    """Load the weights of a rank's stages into this layout, whatever layout they were saved from.
 
     Raises:
         UserError: a file is damaged, or tensors are missing or of another shape.
     """
-    metadata = {**_NAMING, "dp_cp_group": pg_collection.dp_cp}
-    state = {"model": unwrap(model).sharded_state_dict(metadata=metadata)}
+    metadata = {**NAMING, "dp_cp_group": pg_collection.dp_cp}
+    state = {"model": _model_state(model, metadata)}
     _load_model_state(model, _read_state(checkpoint, state))
 
 
 def load_checkpoint(
     checkpoint: Path,
-    model: DistributedDataParallel,
+    model: Model,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     *,
@@ -181,21 +181,29 @@ def _read_state(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, An
         raise UserError(f"cannot load checkpoint {checkpoint}: {_first_line(error)}") from error
 
 
-def _load_model_state(model: torch.nn.Module, loaded: dict[str, Any]) -> None:
+def _model_state(model: Sequence[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Sharded tensors by stage of this rank; on disk each has a name of its own, whatever the stages."""
+    return {
+        f"stage {number}": unwrap(chunk).sharded_state_dict(metadata=metadata) for number, chunk in enumerate(model)
+    }
+
+
+def _load_model_state(model: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     # strict=False: Transformer Engine's modules have extra state that local ones lack; reading refuses missing weights.
-    unwrap(model).load_state_dict(loaded["model"], strict=False)
+    for number, chunk in enumerate(model):
+        unwrap(chunk).load_state_dict(loaded["model"][f"stage {number}"], strict=False)
 
 
-def _content_metadata(model: DistributedDataParallel) -> dict[str, Any]:
+def _content_metadata(model: Model) -> dict[str, Any]:
     """How megatron-core shall name and shard things, the optimizer's state included; kept in the checkpoint."""
-    content: dict[str, Any] = dict(_NAMING)
-    if model.ddp_config.use_distributed_optimizer:
+    content: dict[str, Any] = dict(NAMING)
+    if model[0].ddp_config.use_distributed_optimizer:
         content["distrib_optim_sharding_type"] = "dp_reshardable"
     return content
 
 
 def _sharded_state(
-    model: DistributedDataParallel,
+    model: Model,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     *,
@@ -203,7 +211,7 @@ def _sharded_state(
     is_loading: bool,
 ) -> dict[str, Any]:
     metadata = {**_content_metadata(model), "dp_cp_group": pg_collection.dp_cp}
-    model_state = unwrap(model).sharded_state_dict(metadata=metadata)
+    model_state = _model_state(model, metadata)
     return {
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata),

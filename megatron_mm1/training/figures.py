@@ -1,18 +1,18 @@
 """The figures a run reports: of the steps since the last console line, and of the model as it starts."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.config import MM1Config
-from megatron_mm1.data.batch import PackedBatch
+from megatron_mm1.data.balance import imbalance
 from megatron_mm1.parallel.device import transformer_engine_problem
 from megatron_mm1.planning.flops import step_flops
-from megatron_mm1.training.build import COMPONENTS, component_of
+from megatron_mm1.training.build import COMPONENTS, Model, component_of, named_parameters
 from megatron_mm1.training.step import StepStatistics
 
 
@@ -28,14 +28,21 @@ class Window:
         self.steps = 0
         self.seconds = self.waited = 0.0
         self.images = 0
+        self.imbalance = 0.0  # of images over data-parallel ranks, summed over the steps
         self.skipped, self.nan = skipped, nan
 
-    def add(self, statistics: StepStatistics, batches: Sequence[PackedBatch], *, seconds: float, waited: float) -> None:
-        """Count one step; `waited`: the seconds of it spent waiting for data."""
+    def add(self, statistics: StepStatistics, images_per_rank: np.ndarray, *, seconds: float, waited: float) -> None:
+        """Count one step.
+
+        Args:
+            images_per_rank: [data-parallel size] images of its global batch (`Dealer.images_per_rank`).
+            seconds, waited: how long it took, and how long of that it waited for data.
+        """
         self.steps += 1
         self.seconds += seconds
         self.waited += waited
-        self.images += sum(batch.num_images for batch in batches)
+        self.images += int(images_per_rank.sum())
+        self.imbalance += imbalance(images_per_rank)
         self.skipped += statistics.skipped
         self.nan += not math.isfinite(statistics.losses.loss)
 
@@ -59,20 +66,18 @@ class Window:
             rates: its learning rate by component.
         """
         world_size = torch.distributed.get_world_size()
-        parallel = self.config.parallel
-        model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         flops = step_flops(
             self.config.model,
             seq_length=self.config.data.seq_length,
             num_sequences=self.sequences,
-            num_images=self.images * (world_size // model_parallel),  # this rank's share, taken as typical
+            num_images=self.images,
         )
         figures: dict[str, Any] = {
             "iteration": iteration,
             "consumed_samples": consumed,
             "elapsed_time_per_iteration_ms": 1000 * self.seconds / self.steps,
             "tflops_per_gpu": flops / self.seconds / world_size / 1e12,
-            "learning_rate": rates["decoder"],
+            "learning_rate": rates.get("decoder", max(rates.values())),
             "global_batch_size": self.config.training.global_batch_size,
             "lm_loss": statistics.losses.loss,
             "grad_norm": statistics.grad_norm,
@@ -83,17 +88,17 @@ class Window:
             if loss is not None:
                 figures[f"loss {source.name}"] = loss
         for component in ("tower", "connector"):
-            figures[f"learning_rate {component}"] = rates[component]
+            if component in rates:
+                figures[f"learning_rate {component}"] = rates[component]
         for component, norm in (statistics.component_grad_norms or {}).items():
             figures[f"grad_norm {component}"] = norm
         figures["tokens_per_second"] = self.tokens_per_second
         figures["data_wait_ms"] = 1000 * self.waited / self.steps
+        figures["image_imbalance"] = self.imbalance / self.steps
         return figures
 
 
-def introduction(
-    config: MM1Config, model: DistributedDataParallel, *, backend: str, groups: ProcessGroupCollection
-) -> list[str]:
+def introduction(config: MM1Config, model: Model, *, backend: str, groups: ProcessGroupCollection) -> list[str]:
     """Lines that say what is about to run; every rank must call it."""
     counts = trainable_parameters(model, groups=groups)
     parallel = config.parallel
@@ -113,17 +118,17 @@ def introduction(
     ]
 
 
-def trainable_parameters(model: DistributedDataParallel, *, groups: ProcessGroupCollection) -> dict[str, int]:
+def trainable_parameters(model: Model, *, groups: ProcessGroupCollection) -> dict[str, int]:
     """Trainable parameters of the whole model by component, each counted once however it is spread."""
     counts = torch.zeros(2, len(COMPONENTS), dtype=torch.int64)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         if not parameter.requires_grad or getattr(parameter, "shared", False):
             continue
         is_expert = not getattr(parameter, "allreduce", True)
         is_split = getattr(parameter, "tensor_model_parallel", False)
         if is_expert or is_split or groups.tp.rank() == 0:
             counts[int(is_expert), COMPONENTS.index(component_of(name))] += parameter.numel()
-    dense, expert = counts.to(next(model.parameters()).device)
+    dense, expert = counts.to(next(model[0].parameters()).device)
     torch.distributed.all_reduce(dense, group=groups.mp)
     torch.distributed.all_reduce(expert, group=groups.tp_ep_pp)
     return dict(zip(COMPONENTS, (dense + expert).tolist(), strict=True))

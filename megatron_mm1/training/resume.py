@@ -14,7 +14,10 @@ from megatron_mm1.training.checkpointing import LATEST, CheckpointMetadata, find
 _LAYOUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
     "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "use_distributed_optimizer",
 )
 _BUFFERS = ("overlap_grad_reduce", "vision_parallel_mode")

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from megatron_mm1.config import MM1Config
 from megatron_mm1.data.batch import IGNORE, PackedBatch
+from megatron_mm1.parallel.context import local_positions
 from megatron_mm1.parallel.device import device
-from megatron_mm1.training.build import unwrap
+from megatron_mm1.training.build import Model, unwrap
 from megatron_mm1.training.gradients import component_gradient_norms
 
 
@@ -64,7 +64,7 @@ class StepStatistics:
 
 def train_step(
     config: MM1Config,
-    model: DistributedDataParallel,
+    model: Model,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     batches: Sequence[PackedBatch],
@@ -78,11 +78,8 @@ def train_step(
         batches: this rank's share of the global batch, on the host.
         with_component_norms: also compute gradient norms by component.
     """
-    model.train()
-    model.zero_grad_buffer()
     optimizer.zero_grad()
-    _scale_router_losses(model, batches, pg_collection)
-    losses = run_batches(config, model, batches, pg_collection=pg_collection, forward_only=False)
+    losses = forward_backward(config, model, batches, pg_collection=pg_collection)
     norms = component_gradient_norms(model, optimizer, pg_collection=pg_collection) if with_component_norms else None
     # The optimizer looks for neither: an infinite norm would turn clipped gradients into NaN, a NaN goes through.
     optimizer.prepare_grads()
@@ -94,25 +91,41 @@ def train_step(
     return StepStatistics(losses=losses, grad_norm=grad_norm, component_grad_norms=norms, skipped=not updated)
 
 
+def forward_backward(
+    config: MM1Config, model: Model, batches: Sequence[PackedBatch], *, pg_collection: ProcessGroupCollection
+) -> LossStatistics:
+    """Losses of this rank's microbatches of one global batch; leaves its gradient in the parameters' `main_grad`.
+
+    Call the optimizer's `zero_grad` first: its step leaves gradients that would be added to.
+    """
+    for chunk in model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    _scale_router_losses(model, batches, pg_collection)
+    return run_batches(config, model, batches, pg_collection=pg_collection, forward_only=False)
+
+
 @torch.no_grad()
 def evaluate_batches(
     config: MM1Config,
-    model: DistributedDataParallel,
+    model: Model,
     batches: Sequence[PackedBatch],
     *,
     pg_collection: ProcessGroupCollection,
 ) -> LossStatistics:
     """Losses without an update; the model is left in the mode it was in."""
-    was_training = model.training
-    model.eval()
+    was_training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
     losses = run_batches(config, model, batches, pg_collection=pg_collection, forward_only=True)
-    model.train(was_training)
+    for chunk, mode in zip(model, was_training, strict=True):
+        chunk.train(mode)
     return losses
 
 
 def run_batches(
     config: MM1Config,
-    model: DistributedDataParallel,
+    model: Model,
     batches: Sequence[PackedBatch],
     *,
     pg_collection: ProcessGroupCollection,
@@ -124,12 +137,13 @@ def run_batches(
     num_sources = max(len(config.data.sources), len(config.data.validation), 1)
     rows, seq_length = batches[0].tokens.shape
     pp_size = pg_collection.pp.size()
-    schedule = get_forward_backward_func(pp_size=pp_size, vp_size=None)
-    transformer_config = unwrap(model).config
+    is_virtual = len(model) > 1
+    schedule = get_forward_backward_func(pp_size=pp_size, vp_size=len(model) if is_virtual else None)
+    transformer_config = unwrap(model[0]).config
     outputs = schedule(
         forward_step_func=partial(_forward_step, num_sources=num_sources),
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in model] if is_virtual else iter(batches),
+        model=model,
         num_microbatches=len(batches),
         # The decoder sees a microbatch as one flattened sequence.
         seq_length=rows * seq_length,
@@ -144,28 +158,32 @@ def run_batches(
 def _forward_step(
     data_iterator: Iterator[PackedBatch], model: torch.nn.Module, *, num_sources: int
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    batch = next(data_iterator)
-    if not unwrap(model).pre_process:
+    batch, stage = next(data_iterator), unwrap(model)
+    if not stage.pre_process:
         batch = batch.without_pixels()
     batch = batch.to(device())
-    return model(batch), partial(_loss, batch, num_sources=num_sources)
+    labels, sources = (
+        local_positions(tensor.flatten(), stage.pg_collection.cp) for tensor in (batch.labels, batch.source_ids)
+    )
+    return model(batch), partial(_loss, labels, sources, num_sources=num_sources)
 
 
-def _loss(batch: PackedBatch, losses: Tensor, *, num_sources: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(summed loss, trained tokens, statistics [2, sources]) of one microbatch, as the schedule takes them."""
-    trained = batch.labels != IGNORE
+def _loss(labels: Tensor, sources: Tensor, losses: Tensor, *, num_sources: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed loss, trained tokens, statistics [2, sources]) of this rank's positions of a microbatch, as the schedule
+    takes them; all arguments are [positions].
+    """
+    trained = labels != IGNORE
     losses = losses.masked_fill(~trained, 0.0)
-    sources = batch.source_ids.flatten()
     statistics = torch.zeros(2, num_sources, dtype=torch.float64, device=losses.device)
-    statistics[0].index_add_(0, sources, losses.detach().flatten().double())
-    statistics[1].index_add_(0, sources, trained.flatten().double())
+    statistics[0].index_add_(0, sources, losses.detach().double())
+    statistics[1].index_add_(0, sources, trained.double())
     return losses.sum(), trained.sum().int(), statistics
 
 
 def _global_statistics(
     outputs: list[Tensor], num_sources: int, pg_collection: ProcessGroupCollection
 ) -> LossStatistics:
-    """Sum over microbatches and data-parallel ranks, and hand the result to every pipeline stage."""
+    """Sum over microbatches, data- and context-parallel ranks, and hand the result to every pipeline stage."""
     total = torch.zeros(2, num_sources, dtype=torch.float64, device=device())
     for statistics in outputs:  # empty but on the last stage
         total += statistics
@@ -177,17 +195,14 @@ def _global_statistics(
     return LossStatistics(loss_sums=tuple(loss_sums), token_counts=tuple(token_counts))
 
 
-def _scale_router_losses(
-    model: DistributedDataParallel, batches: Sequence[PackedBatch], pg_collection: ProcessGroupCollection
-) -> None:
+def _scale_router_losses(model: Model, batches: Sequence[PackedBatch], pg_collection: ProcessGroupCollection) -> None:
     """Make the router's auxiliary losses means over the tokens they are computed on.
 
     megatron-core weighs them by the tokens that are not padding and then divides every gradient by the trained
     tokens, of which a batch of captions has several times fewer: without this factor the losses would weigh as much
     more.
     """
-    transformer_config = unwrap(model).config
-    if not transformer_config.num_moe_experts:
+    if not unwrap(model[0]).config.num_moe_experts:
         return
     counts = torch.zeros(2, dtype=torch.float32)
     for batch in batches:
@@ -198,4 +213,5 @@ def _scale_router_losses(
     torch.distributed.broadcast(counts, group_src=pg_collection.pp.size() - 1, group=pg_collection.pp)
     trained, routed = counts
     scale = trained / routed.clamp(min=1)
-    transformer_config.moe_grad_scale_func = lambda: scale
+    for chunk in model:
+        unwrap(chunk).config.moe_grad_scale_func = lambda: scale

@@ -4,18 +4,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.config import MM1Config
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.parallel.device import device
+from megatron_mm1.training.build import Model
 from megatron_mm1.training.step import evaluate_batches
 
 
 def validate_model(
     config: MM1Config,
-    model: DistributedDataParallel,
+    model: Model,
     sources: Mapping[str, Callable[[], Iterator[PackedBatch]]],
     *,
     pg_collection: ProcessGroupCollection,

@@ -33,7 +33,7 @@ def run_engine(
     groups = build_process_groups(config.parallel, seed=1)
     try:
         model = build_module(config, backend="local", pg_collection=groups)
-        load_weights(checkpoint, model, pg_collection=groups)
+        load_weights(checkpoint, [model], pg_collection=groups)
         tokenizer = Tokenizer(config.data.tokenizer)
         vars(tokenizer).update(special_ids or {})
         engine = Engine(config, model, tokenizer, pg_collection=groups, batch_size=batch_size)
@@ -67,7 +67,7 @@ def run_task(config: MM1Config, checkpoint: Path, task: Continue) -> list[Outcom
     groups = build_process_groups(config.parallel, seed=1)
     try:
         model = build_module(config, backend="local", pg_collection=groups)
-        load_weights(checkpoint, model, pg_collection=groups)
+        load_weights(checkpoint, [model], pg_collection=groups)
         engine = Engine(config, model, Tokenizer(config.data.tokenizer), pg_collection=groups)
         return run_items(engine, task, task.items(), label="continue")
     finally:
@@ -97,7 +97,7 @@ def run_slowly(
     groups = build_process_groups(config.parallel, seed=1)
     try:
         model: Any = build_module(config, backend="local", pg_collection=groups)
-        load_weights(checkpoint, model, pg_collection=groups)
+        load_weights(checkpoint, [model], pg_collection=groups)
         model.eval()
         tokenizer = Tokenizer(config.data.tokenizer)
 

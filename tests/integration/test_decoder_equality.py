@@ -51,7 +51,11 @@ def build_pair(case: str, groups):
 
     frequency = [int(moe is not None and (block + 1) % moe.moe_layer_freq == 0) for block in range(decoder.num_layers)]
     theirs_config = dataclasses.replace(
-        ours_config, num_layers=decoder.num_layers, is_hybrid_model=False, moe_layer_freq=frequency if moe else 1
+        ours_config,
+        num_layers=decoder.num_layers,
+        is_hybrid_model=False,
+        moe_layer_freq=frequency if moe else 1,
+        moe_expert_capacity_factor=None,
     )
     theirs = GPTModel(
         theirs_config,

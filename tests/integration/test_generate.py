@@ -16,10 +16,10 @@ import pytest
 from megatron_mm1.config.presets import preset
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm1.parity.workers import WorkerError
 from tests.integration import generation
 from tests.integration.generation import with_data
 from tests.parallel import jobs
-from tests.parallel.pool import WorkerError
 
 NEW_TOKENS = 6
 LAYOUTS = {

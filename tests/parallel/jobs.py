@@ -13,8 +13,9 @@ from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.loader import train_batches
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
+from megatron_mm1.parity.batches import synthetic_batches
 from megatron_mm1.training import trainer
-from megatron_mm1.training.build import build_model, build_module, build_optimizer
+from megatron_mm1.training.build import build_model, build_module, build_optimizer, named_parameters
 from megatron_mm1.training.checkpointing import (
     CheckpointMetadata,
     load_checkpoint,
@@ -23,7 +24,6 @@ from megatron_mm1.training.checkpointing import (
 )
 from megatron_mm1.training.resume import check_ranks_agree, starting_point
 from megatron_mm1.training.step import evaluate_batches, train_step
-from tests.batches import synthetic_batches
 
 
 def with_parallel(config: MM1Config, **sizes: Any) -> MM1Config:
@@ -160,7 +160,7 @@ def train_as_users_do(config: MM1Config) -> None:
 def initial_weights(config: MM1Config, *, containing: str) -> dict[str, torch.Tensor]:
     """Freshly initialised parameters of this rank whose names contain a string."""
     run = Run(config)
-    weights = {name: weight.detach().clone() for name, weight in run.model.named_parameters() if containing in name}
+    weights = {name: weight.detach().clone() for name, weight in named_parameters(run.model) if containing in name}
     run.close()
     return weights
 

@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(damaged, groups, damage):
     damage(damaged)
     model = build_module(config_of("mm1-tiny"), backend="local", pg_collection=groups)
     with pytest.raises(UserError, match=f"cannot load checkpoint .*{damaged.name}"):
-        checkpointing.load_weights(damaged, model, pg_collection=groups)
+        checkpointing.load_weights(damaged, [model], pg_collection=groups)
 
 
 def test_damaged_metadata_is_refused_by_name(damaged):

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_mm1.config.presets import preset
-from tests.batches import KINDS
+from megatron_mm1.parity.batches import KINDS
 from tests.parallel import jobs
 
 DENSE_LAYOUTS = {

@@ -3,10 +3,13 @@
 import dataclasses
 import itertools
 import json
+import statistics
 
 import pytest
 import torch
 
+from megatron_mm1.data.loader import train_batches
+from megatron_mm1.data.tokenizer import Tokenizer
 from tests.parallel import jobs
 from tests.parallel.test_layouts import config_of
 
@@ -58,6 +61,35 @@ def test_a_run_reports_the_same_in_every_layout(pool, demo_corpus, tmp_path, lay
         assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=1e-5)
         assert ours["learning_rate"] == theirs["learning_rate"]
     assert (together / "checkpoints" / "latest").read_text() == "step-00000002\n"
+
+
+def most_images_over_mean(config, *, dp_size, steps):
+    """Of each step, over data-parallel ranks, counted in the batches themselves."""
+    tokenizer = Tokenizer(config.data.tokenizer)
+    ranks = [
+        train_batches(config, tokenizer=tokenizer, dp_rank=rank, dp_size=dp_size, with_pixels=False)
+        for rank in range(dp_size)
+    ]
+    each = config.training.global_batch_size // (config.training.micro_batch_size * dp_size)
+    for _ in range(steps):
+        images = [sum(batch.num_images for batch in itertools.islice(batches, each)) for batches in ranks]
+        yield max(images) / statistics.mean(images)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_a_run_reports_how_unevenly_images_are_dealt_to_its_ranks(pool, demo_corpus, tmp_path, dp_size):
+    """Pages with all numbers of images, and only two microbatches of them: two ranks cannot make that even."""
+    config = user_config("mm1-tiny", tmp_path / "run")
+    pages = tuple(source for source in config.data.sources if source.name == "interleaved")
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, micro_batch_size=4),
+        data=dataclasses.replace(config.data, sources=pages),
+    )
+    expected = list(most_images_over_mean(config, dp_size=dp_size, steps=2))
+    pool(dp_size).run(jobs.train_as_users_do, config)
+    assert [record["image_imbalance"] for record in records(tmp_path / "run", "train")] == pytest.approx(expected)
+    assert (max(expected) > 1) == (dp_size > 1)
 
 
 def test_a_finished_run_goes_on_when_it_is_made_longer(pool, demo_corpus, tmp_path):

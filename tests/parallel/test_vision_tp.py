@@ -9,7 +9,7 @@ import torch
 from megatron_mm1.config.schema import ParallelConfig, VisionConfig
 from megatron_mm1.model.vision import VisionTower, vision_layer_spec, vision_transformer_config
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
-from tests.parallel.pool import Pool
+from megatron_mm1.parity.workers import Pool
 
 CONFIG = VisionConfig(
     image_size=28,

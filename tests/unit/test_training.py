@@ -4,22 +4,27 @@ import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_mm1.config.presets import preset
 from megatron_mm1.data.batch import Boundaries, ImageGroup
+from megatron_mm1.parity.batches import synthetic_batches
+from megatron_mm1.planning.flops import step_flops
 from megatron_mm1.training.build import (
     COMPONENTS,
     build_model,
     build_optimizer,
     component_learning_rates,
     component_of,
+    named_parameters,
+    unwrap,
 )
+from megatron_mm1.training.figures import Window
 from megatron_mm1.training.logging import console_line
-from megatron_mm1.training.step import train_step
+from megatron_mm1.training.step import LossStatistics, StepStatistics, train_step
 from megatron_mm1.training.validation import exchange_images
-from tests.batches import synthetic_batches
 
 
 def tiny(**optimizer):
@@ -43,12 +48,12 @@ def trained(groups):
         torch.manual_seed(0)
         model = build_model(config, backend="local", pg_collection=groups)
         optimizer, scheduler = build_optimizer(config, model, pg_collection=groups)
-        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        before = {name: parameter.detach().clone() for name, parameter in named_parameters(model)}
         batches = synthetic_batches(config, "mixed")
         gradients = []
         for _ in range(3):
             train_step(config, model, optimizer, scheduler, batches, pg_collection=groups)
-            gradients.append({name: parameter.main_grad.clone() for name, parameter in model.named_parameters()})
+            gradients.append({name: parameter.main_grad.clone() for name, parameter in named_parameters(model)})
         return model, optimizer, scheduler, config, before, gradients
 
     return run
@@ -71,7 +76,7 @@ def test_the_update_is_torchs_adamw_with_the_papers_decay(trained):
         for name, weight in expected.items():
             weight.grad = step[name].view_as(weight).clone()
         reference.step()
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         torch.testing.assert_close(parameter.data, expected[name].data, atol=1e-7, rtol=1e-6)
 
 
@@ -80,7 +85,7 @@ def test_the_decay_is_the_papers_decoupled_form(trained):
     model, _, _, _, before, gradients = trained(lr=1e-2, lr_warmup_iters=0, min_lr_ratio=1.0)
     name = "module.language_model.embedding.word_embeddings.weight"
     unused = gradients[0][name].abs().sum(dim=1) == 0  # pieces that do not occur
-    after = dict(model.named_parameters())[name].data
+    after = dict(named_parameters(model))[name].data
     assert unused.sum() > 100
     torch.testing.assert_close(after[unused], before[name][unused] * (1 - 0.1 * 1e-2) ** 3)
 
@@ -112,7 +117,7 @@ def test_a_component_without_a_rate_of_its_own_follows_the_decoder(groups):
 
 def test_every_parameter_belongs_to_a_component(groups):
     model = build_model(tiny(), backend="local", pg_collection=groups)
-    assert {component_of(name) for name, _ in model.named_parameters()} == set(COMPONENTS)
+    assert {component_of(name) for name, _ in named_parameters(model)} == set(COMPONENTS)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone(trained, groups):
@@ -120,29 +125,29 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(trained, groups):
     batches = synthetic_batches(config, "mixed")
     broken = dataclasses.replace(batches[0].images[0], pixels=torch.full_like(batches[0].images[0].pixels, math.nan))
     batches[0] = dataclasses.replace(batches[0], images=(broken,))
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    before = [parameter.detach().clone() for parameter in model[0].parameters()]
     statistics = train_step(config, model, optimizer, scheduler, batches, pg_collection=groups)
     assert statistics.skipped
     assert math.isnan(statistics.losses.loss)
-    for parameter, old in zip(model.parameters(), before, strict=True):
+    for parameter, old in zip(model[0].parameters(), before, strict=True):
         assert torch.equal(parameter, old)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(trained, groups, monkeypatch):
     model, optimizer, scheduler, config, _, _ = trained(lr=1e-3, lr_warmup_iters=0)
-    finalize = model.config.finalize_model_grads_func
+    finalize = unwrap(model[0]).config.finalize_model_grads_func
 
     def poison(*args, **kwargs):
         finalize(*args, **kwargs)
-        next(model.parameters()).main_grad.flatten()[0] = math.nan
+        next(model[0].parameters()).main_grad.flatten()[0] = math.nan
 
-    monkeypatch.setattr(model.config, "finalize_model_grads_func", poison)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    monkeypatch.setattr(unwrap(model[0]).config, "finalize_model_grads_func", poison)
+    before = [parameter.detach().clone() for parameter in model[0].parameters()]
     batches = synthetic_batches(config, "mixed")
     statistics = train_step(config, model, optimizer, scheduler, batches, pg_collection=groups)
     assert statistics.skipped
     assert math.isfinite(statistics.losses.loss)
-    for parameter, old in zip(model.parameters(), before, strict=True):
+    for parameter, old in zip(model[0].parameters(), before, strict=True):
         assert torch.equal(parameter, old)
 
 
@@ -182,6 +187,19 @@ def test_boundaries_are_cumulative_lengths_of_the_flattened_rows():
     boundaries = Boundaries.of(segments)
     assert boundaries.cu_seqlens.tolist() == [0, 2, 5, 6, 12]
     assert boundaries.max_seqlen == 6
+
+
+def test_a_window_averages_its_steps_and_knows_every_ranks_images(groups):
+    """Three steps on four ranks; the fullest has twice the mean in the first."""
+    window = Window(tiny())
+    statistics = StepStatistics(LossStatistics((3.0,), (2.0,)), 1.0, component_grad_norms=None, skipped=False)
+    for images in ([4, 2, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]):
+        window.add(statistics, np.array(images), seconds=2.0, waited=0.5)
+    figures = window.figures(3, 6, statistics, dict.fromkeys(COMPONENTS, 1e-3))
+    assert figures["image_imbalance"] == pytest.approx((2 + 1 + 1) / 3)
+    assert figures["data_wait_ms"] == pytest.approx(500)
+    flops = step_flops(tiny().model, seq_length=256, num_sequences=6, num_images=12)
+    assert figures["tflops_per_gpu"] == pytest.approx(flops / 6 / 1e12)
 
 
 def test_the_console_line_keeps_megatrons_names_and_order():

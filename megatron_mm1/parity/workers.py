@@ -1,5 +1,4 @@
-"""Worker processes for parallel tests: one pool per world size for the whole session, since importing megatron-core
-takes seconds.
+"""Worker processes that run one job after the other, since importing megatron-core takes seconds.
 
 A job is a module-level function; every worker runs it with the same arguments, inside an initialised gloo process
 group, and the pool returns what each rank returned.
@@ -8,11 +7,15 @@ group, and the pool returns what each rank returned.
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 TIMEOUT_SECONDS = 240
+GRACE_SECONDS = 5
+"""How long the other ranks may take to answer after one has failed."""
 
 
 class WorkerError(Exception):
@@ -31,7 +34,8 @@ class Pool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.connections, self.processes = [], []
+        self.connections: list[Any] = []
+        self.processes: list[Any] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             # Not daemons: writing a checkpoint starts a process. They end when the pipe to the parent closes.
@@ -49,23 +53,29 @@ class Pool:
         """
         for connection in self.connections:
             connection.send((job, args, kwargs))
-        results, errors = [], []
-        for rank, connection in enumerate(self.connections):
-            # Once one rank has failed the others wait for it in a collective.
-            if not connection.poll(5 if errors else TIMEOUT_SECONDS):
-                errors.append(f"rank {rank} did not answer within {TIMEOUT_SECONDS} s")
-                continue
-            try:
-                error, result = connection.recv()
-            except EOFError:
-                error, result = "the process died", None
-            results.append(result)
-            if error:
-                errors.append(f"rank {rank}: {error}")
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        waiting = dict(zip(self.connections, range(len(self.connections)), strict=True))
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while waiting:
+            ready: list[Any] = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    error, results[rank] = connection.recv()
+                except EOFError:
+                    error = "the process died"
+                if error:
+                    errors[rank] = error
+                    # Once one rank has failed the others wait for it in a collective.
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            if waiting and time.monotonic() >= deadline:
+                errors |= {rank: "no answer in time" for rank in waiting.values()}
+                break
         if errors:
             self.close()
-            raise WorkerError("\n".join(errors))
-        return results
+            raise WorkerError("\n".join(f"rank {rank}: {error}" for rank, error in errors.items()))
+        return [results[rank] for rank in range(len(self.connections))]
 
     @property
     def alive(self) -> bool:
@@ -99,7 +109,12 @@ def _work(rank: int, world_size: int, port: int, connection: Any) -> None:
             job, args, kwargs = connection.recv()
         except EOFError:
             return
+        answer: tuple[str | None, Any]
         try:
-            connection.send((None, job(*args, **kwargs)))
+            answer = (None, job(*args, **kwargs))
         except Exception:
-            connection.send((traceback.format_exc(), None))
+            answer = (traceback.format_exc(), None)
+        try:
+            connection.send(answer)
+        except OSError:  # nobody waits for it any more
+            return

@@ -1,0 +1,1 @@
+"""Whether every parallel layout computes the same model as one process: `mm1 parity`."""

@@ -1,0 +1,181 @@
+"""What the worker processes run."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_mm1.config import MM1Config
+from megatron_mm1.config.serialization import to_dict
+from megatron_mm1.data.batch import PackedBatch
+from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
+from megatron_mm1.parity.batches import synthetic_batches
+from megatron_mm1.parity.shards import Squares, complete_gradients, shards, squared_errors, whole_tensors
+from megatron_mm1.training.build import Model, build_model, build_optimizer
+from megatron_mm1.training.checkpointing import CheckpointMetadata, load_weights, save_checkpoint
+from megatron_mm1.training.step import forward_backward
+
+LEARNING_RATE = 10.0
+"""Of a plain gradient step, whose size `optimizer.clip_grad` then sets."""
+
+_EPSILON = 1e8
+"""Without momentum and with this beside the root of the squared gradient, Adam is gradient descent to 1e-8 (and the
+distributed optimizer takes nothing but Adam, whose own first step would be the gradient's sign)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank found for one kind of batch.
+
+    Attributes:
+        losses: before each gradient step.
+        grad_norm: global, before clipping, of the first.
+        gradients, weights: squared errors of this rank's shards against the reference's: of the first step's gradient,
+            and of the weights after it.
+    """
+
+    losses: tuple[float, ...]
+    grad_norm: float
+    gradients: Squares
+    weights: Squares
+
+
+class Trial:
+    """The model in one layout with gradient descent as its optimizer, for the length of a job."""
+
+    def __init__(self, config: MM1Config, *, backend: str) -> None:
+        descent = replace(config.optimizer, adam_beta1=0.0, adam_eps=_EPSILON)
+        config = self.config = replace(config, optimizer=descent)
+        self.groups: ProcessGroupCollection = build_process_groups(config.parallel, seed=config.training.seed)
+        self.model: Model = build_model(config, backend=backend, pg_collection=self.groups)
+        self.optimizer: MegatronOptimizer
+        self.optimizer, self.scheduler = build_optimizer(config, self.model, pg_collection=self.groups)
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = LEARNING_RATE * _EPSILON, 0.0
+        self.initial: list[list[Tensor]] = []
+
+    def load(self, checkpoint: Path) -> None:
+        load_weights(checkpoint, self.model, pg_collection=self.groups)
+        self.keep_initial()
+
+    def keep_initial(self) -> None:
+        self.initial = [[weight.detach().clone() for weight in chunk.parameters()] for chunk in self.model]
+
+    @torch.no_grad()
+    def restore_initial(self) -> None:
+        for chunk, weights in zip(self.model, self.initial, strict=True):
+            for parameter, weight in zip(chunk.parameters(), weights, strict=True):
+                parameter.copy_(weight)
+            for module in chunk.modules():
+                bias = getattr(module, "expert_bias", None)
+                if bias is not None:
+                    bias.zero_()
+        self.optimizer.reload_model_params()
+
+    def share(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """This rank's microbatches of a global batch."""
+        return list(batches[self.groups.dp.rank() :: self.groups.dp.size()])
+
+    def backward(self, batches: Sequence[PackedBatch]) -> float:
+        """The loss of a global batch; leaves its gradient in `main_grad`."""
+        self.optimizer.zero_grad()
+        losses = forward_backward(self.config, self.model, self.share(batches), pg_collection=self.groups)
+        return losses.loss
+
+    def gradients(self) -> dict[str, Tensor]:
+        return whole_tensors(shards(self.model, main_grad, pg_collection=self.groups))
+
+    def weights(self) -> dict[str, Tensor]:
+        return whole_tensors(shards(self.model, itself, pg_collection=self.groups))
+
+    def close(self) -> None:
+        destroy_process_groups()
+        gc.collect()
+
+
+def main_grad(parameter: torch.nn.Parameter) -> Tensor:
+    return parameter.main_grad  # type: ignore[attr-defined]
+
+
+def itself(parameter: torch.nn.Parameter) -> Tensor:
+    return parameter
+
+
+def save_initial(config: MM1Config, folder: Path, *, backend: str) -> Path:
+    """In one process: a checkpoint of weights of which none is 0 or 1, norms and biases included."""
+    trial = Trial(config, backend=backend)
+    generator = torch.Generator().manual_seed(config.training.seed)
+    with torch.no_grad():
+        for chunk in trial.model:
+            for name, parameter in chunk.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                # Routers choose by a wide margin, so that rounding does not decide.
+                parameter.add_(noise, alpha=0.5 if "router" in name else 0.05)
+    metadata = CheckpointMetadata(
+        iteration=0, consumed_sequences=0, config=to_dict(config), tokenizer_fingerprint="", plan_fingerprint=""
+    )
+    path = save_checkpoint(folder, metadata, trial.model, trial.optimizer, trial.scheduler, pg_collection=trial.groups)
+    trial.close()
+    return path
+
+
+def run_reference(
+    config: MM1Config, checkpoint: Path, *, backend: str, kinds: Sequence[str], steps: int, folder: Path
+) -> dict[str, Outcome]:
+    """In one process: what each kind of batch gives; the tensors go to `folder`, one file a kind."""
+    trial = Trial(config, backend=backend)
+    trial.load(checkpoint)
+    outcomes = {}
+    for kind in kinds:
+        trial.restore_initial()
+        batches = synthetic_batches(config, kind)
+        losses = [trial.backward(batches)]
+        tensors = {"gradients": trial.gradients(), "before": trial.weights()}
+        grad_norm = update(trial.optimizer)
+        tensors["weights"] = trial.weights()
+        losses += [_further(trial, batches) for _ in range(steps - 1)]
+        torch.save(tensors, folder / f"{kind}.pt")
+        outcomes[kind] = Outcome(tuple(losses), grad_norm, {}, {})
+    trial.close()
+    return outcomes
+
+
+def run_layout(
+    config: MM1Config, checkpoint: Path, *, backend: str, kinds: Sequence[str], steps: int, folder: Path
+) -> dict[str, Outcome]:
+    """On every rank of a layout: each kind of batch against the reference in `folder`."""
+    trial = Trial(config, backend=backend)
+    trial.load(checkpoint)
+    outcomes = {}
+    for kind in kinds:
+        trial.restore_initial()
+        batches = synthetic_batches(config, kind)
+        reference: dict[str, dict[str, Any]] = torch.load(folder / f"{kind}.pt", mmap=True)
+        losses = [trial.backward(batches)]
+        for chunk in trial.model:
+            complete_gradients(chunk)
+        gradients = squared_errors(shards(trial.model, main_grad, pg_collection=trial.groups), reference["gradients"])
+        grad_norm = update(trial.optimizer)
+        weights = squared_errors(shards(trial.model, itself, pg_collection=trial.groups), reference["weights"])
+        losses += [_further(trial, batches) for _ in range(steps - 1)]
+        outcomes[kind] = Outcome(tuple(losses), grad_norm, gradients, weights)
+    trial.close()
+    return outcomes
+
+
+def update(optimizer: MegatronOptimizer) -> float:
+    """One clipped step; the gradient norm before clipping."""
+    _, grad_norm, _ = optimizer.step()
+    return float(grad_norm)
+
+
+def _further(trial: Trial, batches: Sequence[PackedBatch]) -> float:
+    loss = trial.backward(batches)
+    update(trial.optimizer)
+    return loss
