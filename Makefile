@@ -1,6 +1,6 @@
 # PYTHON, TORCH_INDEX and VENV are explained in tools/bootstrap.sh; pip's own variables (PIP_INDEX_URL, ...) work as usual.
 .DEFAULT_GOAL := help
-.PHONY: help venv corpus quickstart test test-slow test-newest lint format lock clean
+.PHONY: help venv corpus quickstart test test-slow test-parallel-full test-newest lint format lock clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -24,7 +24,10 @@ test: corpus  ## every test that needs no GPU and is not slow
 	$(BIN)/pytest -q -m "not slow and not gpu"
 
 test-slow: corpus  ## the tests that take minutes
-	$(BIN)/pytest -q -m "slow and not gpu" --timeout 1800
+	$(BIN)/pytest -q -m "slow and not gpu and not parity_full" --timeout 1800
+
+test-parallel-full: venv  ## every legal parallel layout of at most 8 processes, not only those that cover every pair
+	$(BIN)/pytest -q -m parity_full --timeout 3600 tests/parallel/test_parity.py
 
 test-newest:  ## the same tests with the newest torch, in .venv-newest
 	@VENV=.venv-newest tools/bootstrap.sh --newest-torch

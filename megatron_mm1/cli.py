@@ -12,6 +12,8 @@ from pathlib import Path
 import megatron_mm1
 from megatron_mm1.errors import ConfigError, UserError
 
+FAILED = 1
+"""A check that ran and did not hold."""
 USER_ERROR = 2
 INTERRUPTED = 130
 GRACE_SECONDS = 10
@@ -34,6 +36,8 @@ def _run(argv: list[str]) -> int:
     if argv[:1] == ["train"]:
         train(argv[1:])
         return 0
+    if argv[:1] == ["parity"]:
+        return parity(argv[1:])
     args = build_parser().parse_args(argv)
     args.command(args)
     return 0
@@ -46,6 +50,13 @@ def train(argv: Sequence[str]) -> None:
     from megatron_mm1.training.trainer import train
 
     train(config)
+
+
+def parity(argv: Sequence[str]) -> int:
+    args, config_arguments = build_parity_parser().parse_known_args(argv)
+    from megatron_mm1.parity.harness import parity_main
+
+    return 0 if parity_main(args, config_arguments) else FAILED
 
 
 def data_prepare(args: argparse.Namespace) -> None:
@@ -95,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mm1", description="Train MM1-style multimodal models on megatron-core.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a model (mm1 train --help lists every setting)")
+    commands.add_parser("parity", help="show that every parallel layout computes the same (mm1 parity --help)")
 
     data = commands.add_parser("data", help="prepare training data").add_subparsers(required=True, metavar="COMMAND")
     _add_data_prepare(data)
@@ -112,6 +124,33 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
     _add(commands, "version", print_version, "print the versions that matter")
+    return parser
+
+
+def build_parity_parser() -> argparse.ArgumentParser:
+    """The options of `parity` itself; all others are the configuration's keys, as for `train`."""
+    parser = argparse.ArgumentParser(
+        prog="mm1 parity",
+        description="Run the same batches in many parallel layouts and compare loss, gradient norm, the gradient of "
+        "every parameter and an update with one process. Further options are the configuration's, as for mm1 train "
+        "(--preset, --model.decoder.num_layers, ..): the model to compare.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--layouts", default="pairs", metavar="all|pairs|NAME,..", help="all, or few that cover every pair of sizes"
+    )
+    parser.add_argument(
+        "--world-size",
+        "--world_size",
+        type=_positive_int,
+        metavar="N",
+        help="processes at most (the number of GPUs; without one 2)",
+    )
+    parser.add_argument("--batches", default="all", metavar="all|NAME,..", help="kinds of batch (%(default)s)")
+    parser.add_argument("--steps", type=_positive_int, default=2, metavar="N", help="gradient steps (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/parity"), metavar="DIR", help="folder for the report (%(default)s)"
+    )
     return parser
 
 

@@ -17,11 +17,16 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], Pool]]:
-    """`pool(n)`: the session's pool of n worker processes, started when first asked for and again after a failure."""
+    """`pool(n)`: the session's pool of n worker processes, started when first asked for and again after a failure.
+
+    Of pools with more than two workers, which take half a gigabyte each, only the last one asked for lives.
+    """
     pools: dict[int, Pool] = {}
 
     def get(world_size: int) -> Pool:
         if world_size not in pools or not pools[world_size].alive:
+            for large in [size for size in pools if size > 2 and world_size > 2]:
+                pools.pop(large).close()
             pools[world_size] = Pool(world_size)
         return pools[world_size]
 

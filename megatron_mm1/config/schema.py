@@ -219,7 +219,7 @@ class TrainingConfig:
     recompute_granularity: Literal["selective", "full"] | None = None
     """Compute activations of the decoder anew in the backward pass instead of keeping them: of `recompute_modules`, or
     of whole layers."""
-    recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "layernorm"], ...] = ("core_attn",)
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe"], ...] = ("core_attn",)
     """What "selective" recomputes."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """What "full" recomputes: every stretch of `recompute_num_layers` layers, or that many single layers of a stage."""

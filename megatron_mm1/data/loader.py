@@ -1,8 +1,8 @@
 """Batches for the trainer: the plan's sequences, decoded by worker processes or a thread ahead of time.
 
 Microbatch j of a run holds the plan's sequences from j * micro_batch_size on. Those of a global batch are dealt out to
-the data-parallel ranks by their images (`data.balance`): every data-parallel size sees the same global batches, and a run
-resumes from the number of sequences it has consumed.
+the data-parallel ranks by their images (`data.balance`): every data-parallel size sees the same global batches, and a
+run resumes from the number of sequences it has consumed.
 """
 
 import itertools
@@ -84,7 +84,7 @@ def train_batches(
         plan: `training_plan(config, ..)` where the caller has it already.
 
     Raises:
-        UserError: see `open_source`, also from inside a worker; or consumed_sequences is in the middle of a global batch.
+        UserError: see `open_source`, also from inside a worker; or consumed_sequences ends inside a global batch.
     """
     done, rest = divmod(consumed_sequences, config.training.global_batch_size)
     if rest:

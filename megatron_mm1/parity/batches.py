@@ -121,7 +121,8 @@ def _examples(
     length, most, per_image = config.data.seq_length, config.data.max_images_per_sequence, sizes[0].tokens
     match kind:
         case "most images":
-            return [_with_images(0, length - 1, [0] * most, sizes)]
+            fitting = min(most, (length - 1) // (per_image + 1))
+            return [_with_images(0, length - 1, [0] * fitting, sizes)]
         case "one example":
             return [_with_images(0, length, [] if number % 2 else [0, 0], sizes)]
         case "images at both ends":

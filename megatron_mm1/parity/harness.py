@@ -59,7 +59,7 @@ class Comparison:
         config: the model, the batch's shape and the precision; layouts set the rest.
         kinds: of batches, keys of KINDS.
         steps: gradient steps whose losses are compared.
-        job: what each rank of a layout runs, for tests that break something first.
+        job, reference: what each rank of a layout and the one process run, for tests that change something first.
     """
 
     def __init__(
@@ -69,8 +69,9 @@ class Comparison:
         kinds: Sequence[str] = tuple(KINDS),
         steps: int = 2,
         job: Callable[..., Any] = jobs.run_layout,
+        reference: Callable[..., Any] = jobs.run_reference,
     ) -> None:
-        self.config, self.kinds, self.steps, self.job = config, kinds, steps, job
+        self.config, self.kinds, self.steps, self.job, self.reference = config, kinds, steps, job, reference
         self.backend = layer_backend(config.training.layer_backend)
         self._folder = tempfile.TemporaryDirectory(prefix="mm1-parity-")
         self._references: dict[str, tuple[Path, Path, dict[str, jobs.Outcome]]] = {}
@@ -133,7 +134,7 @@ class Comparison:
                 )
             checkpoint = self._weights[model]
             [outcomes] = self._single.run(
-                jobs.run_reference,
+                self.reference,
                 config,
                 checkpoint,
                 backend=self.backend,

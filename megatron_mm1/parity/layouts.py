@@ -157,11 +157,12 @@ def pairs(layout: Layout) -> set[Pair]:
 def covering_layouts(layouts: Sequence[Layout]) -> list[Layout]:
     """A few of `layouts` with every pair of values that one of them has: greedily the one that adds most, and of those
     the one with the most processes."""
-    uncovered = set().union(*map(pairs, layouts))
+    candidates = [(layout, pairs(layout)) for layout in layouts]
+    uncovered = set().union(*(covered for _, covered in candidates))
     chosen = []
     while uncovered:
-        best = max(layouts, key=lambda layout: (len(pairs(layout) & uncovered), layout.world_size))
-        uncovered -= pairs(best)
+        best, covered = max(candidates, key=lambda candidate: (len(candidate[1] & uncovered), candidate[0].world_size))
+        uncovered -= covered
         chosen.append(best)
     return sorted(chosen, key=lambda layout: layout.world_size)
 
@@ -217,6 +218,8 @@ _SPECIAL_MOE: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {CP: 2, EP: 2},
         {"model.moe.moe_router_score_function": "sigmoid", "model.moe.moe_router_enable_expert_bias": True},
     ),
+    # Without sequence or context parallelism a rank has whole microbatches, and drops what one process would.
+    "DP2 EP2, capacity 0.6": (2, {EP: 2}, {"model.moe.moe_expert_capacity_factor": 0.6}),
     "PP2 EP2, full recomputation": (4, {PP: 2, EP: 2}, {"training.recompute_granularity": "full"}),
     "DP2 EP2, experts recomputed": (
         2,
@@ -228,11 +231,9 @@ _SPECIAL_MOE: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 def special_layouts(config: MM1Config, *, max_world_size: int) -> Iterator[Layout]:
-    """Freezing, recomputation, stages by hand, tied weights, dispatchers: what sizes alone do not say."""
-    special = _SPECIAL | (_SPECIAL_MOE if config.model.moe else {})
+    """Freezing, recomputation, stages by hand, tied weights for a dense model; dispatch and dropping for experts."""
+    special = _SPECIAL_MOE if config.model.moe else _SPECIAL
     for name, (world_size, sizes, options) in special.items():
-        if config.model.moe and sizes.get(TP, 1) > 1:
-            sizes = {**sizes, SIZES["SP"]: True}
         options = dict(options)
         if "parallel.hybrid_layer_pattern" in options:
             layers = block_pattern(config.model)

@@ -11,10 +11,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.serialization import to_dict, to_yaml
 from megatron_mm1.config.validation import validate
+from megatron_mm1.data.balance import Dealer
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.loader import train_batches, training_plan, validation_batches
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
+from megatron_mm1.faults.watch import Pulse, watched
 from megatron_mm1.parallel.device import layer_backend
 from megatron_mm1.parallel.groups import (
     build_process_groups,
@@ -32,6 +34,7 @@ from megatron_mm1.training.checkpointing import (
 from megatron_mm1.training.figures import Window, introduction
 from megatron_mm1.training.logging import RunLogger, console_line
 from megatron_mm1.training.resume import Start, check_ranks_agree, starting_point
+from megatron_mm1.training.routing import routing_figures
 from megatron_mm1.training.step import StepStatistics, train_step
 from megatron_mm1.training.validation import validate_model
 
@@ -47,12 +50,21 @@ def train(config: MM1Config) -> None:
     tokenizer = Tokenizer(config.data.tokenizer)
     start = starting_point(config, tokenizer)
 
-    initialize_process_group(timeout_minutes=config.parallel.distributed_timeout_minutes)
+    parallel = config.parallel
+    store = initialize_process_group(timeout_minutes=parallel.distributed_timeout_minutes)
     try:
-        check_ranks_agree(start)
-        groups = build_process_groups(config.parallel, seed=config.training.seed)
-        Run(config, backend=backend, tokenizer=tokenizer, start=start, groups=groups).train()
-        torch.distributed.barrier()
+        with watched(
+            store,
+            rank=torch.distributed.get_rank(),
+            world_size=torch.distributed.get_world_size(),
+            silence_limit=parallel.heartbeat_timeout_seconds,
+            # A little before the collectives give up: NCCL's watchdog aborts a process that may not be to blame.
+            standstill_limit=60 * parallel.distributed_timeout_minutes - 5,
+        ) as pulse:
+            check_ranks_agree(start)
+            groups = build_process_groups(parallel, seed=config.training.seed)
+            Run(config, backend=backend, tokenizer=tokenizer, start=start, groups=groups, pulse=pulse).train()
+            torch.distributed.barrier()
         destroy_process_groups()
     finally:
         torch.distributed.destroy_process_group()
@@ -74,8 +86,10 @@ class Run:
         tokenizer: Tokenizer,
         start: Start | None,
         groups: ProcessGroupCollection,
+        pulse: Pulse | None = None,
     ) -> None:
         self.config, self.tokenizer, self.groups = config, tokenizer, groups
+        self.pulse = pulse or Pulse()
         self.iteration = self.consumed = 0
         self.plan = training_plan(config, tokenizer=tokenizer)
         self.plan_fingerprint = self.plan.fingerprint + (" text only" if config.data.text_only else "")
@@ -95,6 +109,7 @@ class Run:
         self.batches: Iterator[PackedBatch] = train_batches(
             config, tokenizer=tokenizer, consumed_sequences=self.consumed, plan=self.plan, **place
         )
+        self.dealer = Dealer.of(config, self.plan, dp_size=groups.dp.size())
         is_logger = torch.distributed.get_rank() == 0
         self.logger = RunLogger(config, iteration=self.iteration, enabled=is_logger)
         for line in introduction(config, self.model, backend=backend, groups=groups):
@@ -130,6 +145,7 @@ class Run:
             self.logger.progress(loss=statistics.losses.loss, **{"tokens/s": window.tokens_per_second})
             if is_logged:
                 figures = window.figures(self.iteration, self.consumed, statistics, rates)
+                figures |= routing_figures(self.config, self.model, pg_collection=self.groups)
                 self.logger.record("train", self.iteration, figures)
                 self.logger.say(console_line(figures, train_iters=last))
                 window = Window(self.config, skipped=window.skipped, nan=window.nan)
@@ -138,6 +154,7 @@ class Run:
             save_interval = self.config.checkpoint.save_interval
             if self.iteration == last or (save_interval and self.iteration % save_interval == 0):
                 self.save()
+        self.pulse.enter("end", step=self.iteration)
         self.logger.close()
 
     def _is_due(self, interval: int) -> bool:
@@ -147,9 +164,11 @@ class Run:
 
     def step(self, window: Window, *, with_component_norms: bool) -> StepStatistics:
         """One optimizer step on the next global batch, counted in `window`."""
+        self.pulse.enter("data", step=self.iteration + 1)
         started = time.perf_counter()
         microbatches = list(islice(self.batches, self.num_microbatches))
         waited = time.perf_counter() - started
+        self.pulse.enter("step", step=self.iteration + 1)
         statistics = train_step(
             self.config,
             self.model,
@@ -159,18 +178,22 @@ class Run:
             pg_collection=self.groups,
             with_component_norms=with_component_norms,
         )
+        seconds = time.perf_counter() - started
+        images_per_rank = self.dealer.images_per_rank(self.consumed // self.config.training.global_batch_size)
+        window.add(statistics, images_per_rank, seconds=seconds, waited=waited)
         self.iteration += 1
         self.consumed += self.config.training.global_batch_size
-        window.add(statistics, microbatches, seconds=time.perf_counter() - started, waited=waited)
         return statistics
 
     def validate(self) -> None:
+        self.pulse.enter("validation", step=self.iteration)
         losses = validate_model(self.config, self.model, self.held_out, pg_collection=self.groups)
         self.logger.record("validation", self.iteration, losses)
         text = " | ".join(f"{name}: {loss:.4f}" for name, loss in losses.items())
         self.logger.say(f" validation at iteration {self.iteration} | {text} |")
 
     def save(self) -> None:
+        self.pulse.enter("checkpoint", step=self.iteration)
         metadata = CheckpointMetadata(
             iteration=self.iteration,
             consumed_sequences=self.consumed,

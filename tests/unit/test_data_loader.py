@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.data.balance import Dealer
 from megatron_mm1.data.batch import IGNORE, PackedBatch
 from megatron_mm1.data.loader import open_source, train_batches, training_plan, validation_batches
 from megatron_mm1.data.tokenizer import Tokenizer
@@ -55,18 +56,43 @@ def all_same(first: list[PackedBatch], second: list[PackedBatch]) -> bool:
     return len(first) == len(second) and all(itertools.starmap(same, zip(first, second, strict=True)))
 
 
-@pytest.mark.parametrize("dp_size", [2, 4])
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
 def test_global_batches_do_not_depend_on_the_data_parallel_size(folder: Path, dp_size: int) -> None:
+    """Four microbatches each, which the ranks share out among themselves."""
     config = small_config(folder)
-    ranks = [stream(config, 8 // dp_size, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
-    assert all_same(stream(config, 8), [batch for turn in zip(*ranks, strict=True) for batch in turn])
+    in_order, each = stream(config, 12), 4 // dp_size
+    ranks = [stream(config, 3 * each, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    for number in range(3):
+        together = [batch for rank in ranks for batch in rank[number * each : (number + 1) * each]]
+        for expected in in_order[number * 4 : (number + 1) * 4]:
+            together.pop(next(place for place, batch in enumerate(together) if same(batch, expected)))
+        assert not together
 
 
-@pytest.mark.parametrize("consumed", [2, 8, 14, 46])
-def test_resumed_stream_continues_the_uninterrupted_one(folder: Path, consumed: int) -> None:
+@pytest.mark.parametrize("dp_size", [2, 4])
+def test_ranks_get_the_images_that_the_plan_deals_them(folder: Path, dp_size: int) -> None:
     config = small_config(folder)
-    whole = stream(config, consumed // 2 + 3)
-    assert all_same(whole[consumed // 2 :], stream(config, 3, consumed_sequences=consumed))
+    dealer = Dealer.of(config, training_plan(config, tokenizer=Tokenizer(config.data.tokenizer)), dp_size=dp_size)
+    each, planned = 4 // dp_size, [dealer.images_per_rank(number).tolist() for number in range(10)]
+    for rank in range(dp_size):
+        batches = stream(config, 10 * each, dp_rank=rank, dp_size=dp_size, with_pixels=False)
+        got = [sum(batch.num_images for batch in batches[first : first + each]) for first in range(0, 10 * each, each)]
+        assert got == [images[rank] for images in planned]
+    assert max(max(images) for images in planned) > 4
+
+
+@pytest.mark.parametrize("consumed", [8, 16, 48])
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_resumed_stream_continues_the_uninterrupted_one(folder: Path, consumed: int, dp_size: int) -> None:
+    config = small_config(folder)
+    place, before = {"dp_rank": dp_size - 1, "dp_size": dp_size}, consumed // (2 * dp_size)
+    whole = stream(config, before + 3, **place)
+    assert all_same(whole[before:], stream(config, 3, consumed_sequences=consumed, **place))
+
+
+def test_stream_does_not_start_inside_a_global_batch(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"consumed_sequences 14 is not a multiple of training.global_batch_size 8"):
+        stream(small_config(folder), 1, consumed_sequences=14)
 
 
 def test_micro_batch_size_only_regroups_the_sequences(folder: Path) -> None:
