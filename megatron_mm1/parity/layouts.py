@@ -156,8 +156,8 @@ def pairs(layout: Layout) -> set[Pair]:
 
 def covering_layouts(layouts: Sequence[Layout]) -> list[Layout]:
     """A few of `layouts` with every pair of values that one of them has: greedily the one that adds most, and of those
-    the one with the most processes."""
-    candidates = [(layout, pairs(layout)) for layout in layouts]
+    the one with the most processes. Experts whose matrices are split are left to the special cases."""
+    candidates = [(layout, pairs(layout)) for layout in layouts if layout.parallel.expert_tensor_parallel_size == 1]
     uncovered = set().union(*(covered for _, covered in candidates))
     chosen = []
     while uncovered:
@@ -212,6 +212,8 @@ _SPECIAL: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 _SPECIAL_MOE: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "TP2+SP EP2, all-gather": (2, {**_TP_SP, EP: 2}, {"model.moe.moe_token_dispatcher_type": "allgather"}),
     "DP2 EP2, all-gather": (2, {EP: 2}, {"model.moe.moe_token_dispatcher_type": "allgather"}),
+    "TP2+SP, split experts": (2, {**_TP_SP, ETP: 2}, {}),
+    "PP2 CP2 EP2 ETP2 DP2, split experts": (8, {PP: 2, CP: 2, EP: 2, ETP: 2, SIZES["optimizer"]: True}, {}),
     "TP2+SP ETP2, all-gather": (2, {**_TP_SP, ETP: 2}, {"model.moe.moe_token_dispatcher_type": "allgather"}),
     "CP2 EP2, expert bias": (
         2,

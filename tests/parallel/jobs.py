@@ -113,18 +113,6 @@ def train_on_corpus(config: MM1Config, checkpoint: Path, *, steps: int) -> list[
     return figures
 
 
-def train_on_kinds(config: MM1Config, checkpoint: Path, *, kinds: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
-    """For each kind of batch, figures of a step from the weights in `checkpoint`."""
-    run = Run(config)
-    figures = {}
-    for kind in kinds:
-        run.load_weights(checkpoint)
-        batches = run.share(synthetic_batches(config, kind))
-        figures[kind] = [run.step(batches)]
-    run.close()
-    return figures
-
-
 def train_save_continue(config: MM1Config, folder: Path) -> list[float]:
     """Save after step 2; the losses of steps 3 to 5."""
     run = Run(config)

@@ -17,6 +17,12 @@ LAYOUTS = {
     "TP2": (2, "mm1-tiny", dict(tensor_model_parallel_size=2)),
     "TP2, images shared out": (2, "mm1-tiny", dict(tensor_model_parallel_size=2, vision_parallel_mode="data")),
     "PP2": (2, "mm1-tiny", dict(pipeline_model_parallel_size=2)),
+    "PP2 VPP2": (
+        2,
+        "mm1-tiny",
+        dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    ),
+    "CP2, images shared": (2, "mm1-tiny", dict(context_parallel_size=2, vision_parallel_mode="data")),
     "DP2": (2, "mm1-tiny", {}),
     "DP2, distributed optimizer": (2, "mm1-tiny", dict(use_distributed_optimizer=True)),
     "bf16, TP2 + SP": (2, "mm1-tiny-bf16", dict(tensor_model_parallel_size=2, sequence_parallel=True)),

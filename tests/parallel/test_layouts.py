@@ -1,5 +1,5 @@
-"""Every parallel layout computes the same training: one preset, unchanged but for its parallel sizes, from one
-checkpoint, in float32.
+"""Training as users do, with AdamW on the corpus, is the same in every layout: one preset, unchanged but for its parallel
+sizes, from one checkpoint, in float32. Every gradient in many more layouts is test_parity.py's.
 """
 
 import dataclasses
@@ -7,31 +7,25 @@ import dataclasses
 import pytest
 
 from megatron_mm1.config.presets import preset
-from megatron_mm1.parity.batches import KINDS
 from tests.parallel import jobs
 
-DENSE_LAYOUTS = {
-    "TP2": dict(tensor_model_parallel_size=2),
-    "TP2 + SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
-    "PP2": dict(pipeline_model_parallel_size=2),
-    "DP2, distributed optimizer": dict(use_distributed_optimizer=True),
-    "DP2, overlapped reduction": dict(overlap_grad_reduce=True),
-    "TP2 x PP2": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
-    "TP2, images shared out": dict(tensor_model_parallel_size=2, vision_parallel_mode="data"),
-    "TP2 + SP, images shared out": dict(
-        tensor_model_parallel_size=2, sequence_parallel=True, vision_parallel_mode="data"
+TP_SP = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+LAYOUTS = {
+    "TP2, images shared": ("mm1-tiny", 2, dict(tensor_model_parallel_size=2, vision_parallel_mode="data")),
+    "TP2+SP": ("mm1-tiny", 2, TP_SP),
+    "CP2, images shared": ("mm1-tiny", 2, dict(context_parallel_size=2, vision_parallel_mode="data")),
+    "PP2 VPP2": ("mm1-tiny", 2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+    "PP2, tied output": ("mm1-tiny-tied", 2, dict(pipeline_model_parallel_size=2)),
+    "DP2, distributed optimizer": ("mm1-tiny", 2, dict(use_distributed_optimizer=True)),
+    "TP2 PP2": ("mm1-tiny", 4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    "EP2, distributed optimizer": (
+        "mm1-tiny-moe",
+        2,
+        dict(expert_model_parallel_size=2, use_distributed_optimizer=True),
     ),
+    "PP2 EP2": ("mm1-tiny-moe", 4, dict(pipeline_model_parallel_size=2, expert_model_parallel_size=2)),
+    "TP2+SP EP2": ("mm1-tiny-moe", 2, dict(**TP_SP, expert_model_parallel_size=2)),
 }
-MOE_LAYOUTS = {
-    "EP2": dict(expert_model_parallel_size=2),
-    "EP2, distributed optimizer": dict(expert_model_parallel_size=2, use_distributed_optimizer=True),
-    "PP2 x EP2": dict(pipeline_model_parallel_size=2, expert_model_parallel_size=2),
-    "TP2 + SP, EP2": dict(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2),
-}
-WORLD_SIZES = {"TP2 x PP2": 4, "PP2 x EP2": 4}
-LAYOUTS = [("mm1-tiny", name, sizes) for name, sizes in DENSE_LAYOUTS.items()]
-LAYOUTS += [("mm1-tiny-moe", name, sizes) for name, sizes in MOE_LAYOUTS.items()]
-LAYOUTS += [("mm1-tiny-tied", "PP2, tied output", dict(pipeline_model_parallel_size=2))]
 COMPONENTS = ("tower", "connector", "decoder")
 
 pytestmark = pytest.mark.demo
@@ -58,7 +52,7 @@ def config_of(name: str, **sizes):
 
 @pytest.fixture(scope="module")
 def reference(pool, demo_corpus, tmp_path_factory):
-    """`reference(preset)`: (initial checkpoint, figures on the corpus, figures by kind of batch) of one process."""
+    """`reference(preset)`: (initial checkpoint, figures on the corpus) of one process."""
     known = {}
 
     def get(name: str):
@@ -66,47 +60,31 @@ def reference(pool, demo_corpus, tmp_path_factory):
             config, folder = config_of(name), tmp_path_factory.mktemp(name)
             [checkpoint] = pool(1).run(jobs.save_initial, config, folder)
             [corpus] = pool(1).run(jobs.train_on_corpus, config, checkpoint, steps=5)
-            [kinds] = pool(1).run(jobs.train_on_kinds, config, checkpoint, kinds=KINDS)
-            known[name] = checkpoint, corpus, kinds
+            known[name] = checkpoint, corpus
         return known[name]
 
     return get
 
 
-def assert_same(figures, expected, *, components=COMPONENTS):
+def assert_same(figures, expected):
     for step, (ours, theirs) in enumerate(zip(figures, expected, strict=True)):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), f"loss at step {step}"
         for norm in ("grad_norm", *COMPONENTS):
             assert ours[norm] == pytest.approx(theirs[norm], rel=1e-4, abs=1e-12), f"{norm} at step {step}"
-        for component in components:
+        for component in COMPONENTS:
             assert theirs[component] > 0, f"{component} has no gradient at step {step}"
 
 
 @pytest.mark.parametrize("name", ["mm1-tiny", "mm1-tiny-moe", "mm1-tiny-tied"])
 def test_the_reference_trains(reference, name):
-    _, corpus, _ = reference(name)
+    _, corpus = reference(name)
     losses = [step["loss"] for step in corpus]
     assert losses[-1] < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize(("name", "layout", "sizes"), LAYOUTS, ids=[layout for _, layout, _ in LAYOUTS])
-def test_training_on_the_corpus_equals_one_process(pool, reference, name, layout, sizes):
-    checkpoint, corpus, _ = reference(name)
-    ranks = pool(WORLD_SIZES.get(layout, 2)).run(jobs.train_on_corpus, config_of(name, **sizes), checkpoint, steps=5)
-    for figures in ranks:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_on_the_corpus_equals_one_process(pool, reference, layout):
+    name, world_size, sizes = LAYOUTS[layout]
+    checkpoint, corpus = reference(name)
+    for figures in pool(world_size).run(jobs.train_on_corpus, config_of(name, **sizes), checkpoint, steps=5):
         assert_same(figures, corpus)
-
-
-@pytest.mark.parametrize(("name", "layout", "sizes"), LAYOUTS, ids=[layout for _, layout, _ in LAYOUTS])
-def test_every_kind_of_batch_equals_one_process(pool, reference, name, layout, sizes):
-    """No image, an image on one rank only, the most images, unequal trained tokens, text only: no hang, and the same
-    numbers.
-    """
-    checkpoint, _, kinds = reference(name)
-    ranks = pool(WORLD_SIZES.get(layout, 2)).run(jobs.train_on_kinds, config_of(name, **sizes), checkpoint, kinds=KINDS)
-    for figures in ranks:
-        for kind in KINDS:
-            sees_images = kind not in ("no image", "text only")
-            assert_same(figures[kind], kinds[kind], components=COMPONENTS if sees_images else ("decoder",))
-            if not sees_images:
-                assert figures[kind][0]["tower"] == 0.0

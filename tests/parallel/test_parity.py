@@ -69,7 +69,11 @@ def test_a_layout_of_the_full_product_computes_what_one_process_does(comparisons
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_layouts_cover_every_legal_pair_of_sizes(name):
-    legal = legal_layouts(CONFIGS[name], max_world_size=MAX_WORLD_SIZE)
+    legal = [
+        layout
+        for layout in legal_layouts(CONFIGS[name], max_world_size=MAX_WORLD_SIZE)
+        if layout.parallel.expert_tensor_parallel_size == 1
+    ]
     chosen = covering_layouts(legal)
     assert set().union(*map(pairs, chosen)) == set().union(*map(pairs, legal))
     assert len(chosen) < len(legal) / 4

@@ -17,6 +17,8 @@ LAYOUTS = {
     "DP2": (2, "mm1-tiny", {}),
     "PP2": (2, "mm1-tiny", dict(pipeline_model_parallel_size=2)),
     "TP2, images shared out": (2, "mm1-tiny", dict(tensor_model_parallel_size=2, vision_parallel_mode="data")),
+    "PP2 VPP2": (2, "mm1-tiny", dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+    "CP2": (2, "mm1-tiny", dict(context_parallel_size=2)),
     "EP2": (2, "mm1-tiny-moe", dict(expert_model_parallel_size=2)),
 }
 
