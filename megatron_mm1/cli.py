@@ -149,6 +149,13 @@ def build_parity_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", default="all", metavar="all|NAME,..", help="kinds of batch (%(default)s)")
     parser.add_argument("--steps", type=_positive_int, default=2, metavar="N", help="gradient steps (%(default)s)")
     parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
+        help="relative error that passes; of the loss a tenth of it (%(default)s, for float32)",
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("runs/parity"), metavar="DIR", help="folder for the report (%(default)s)"
     )
     return parser

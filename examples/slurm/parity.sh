@@ -19,9 +19,6 @@ MM1=${MM1:-mm1} # the command, inside a container for example
 OUTPUT=${OUTPUT:-runs/parity/${SLURM_JOB_ID:-local}}
 LAYOUTS=${LAYOUTS:-pairs}
 
-# Sums in another order differ by more where matrix products round their inputs to TensorFloat-32.
-export NVIDIA_TF32_OVERRIDE=0
-
 compare() {
   local name=$1
   shift

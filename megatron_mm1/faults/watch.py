@@ -47,8 +47,8 @@ def watched(
     """Watch the ranks while the block runs; the block keeps the pulse up to date.
 
     If a rank dies, stops or raises an error, every process is ended, by `os._exit`, with a line that names it and its
-    step. A `UserError` is raised on, as mostly every rank meets it; where one rank does alone, the others are ended. One
-    process alone runs no thread.
+    step. A `UserError` is raised on, as mostly every rank meets it; where one rank does alone, the others are ended.
+    One process alone runs no thread.
 
     Args:
         store: by which the ranks find rank 0; used before this returns, and not after.

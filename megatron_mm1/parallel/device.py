@@ -19,7 +19,7 @@ _INNER_WARNINGS = (
     "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
     "Please use DTensor instead and we are deprecating ShardedTensor",
     r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
-    "If you are using transformer_engine as the transformer implementation, the core_attn is recomputed",
+    "If you are using transformer_engine as the transformer implementation",
 )
 """About how megatron-core calls itself or torch: nothing that a user of ours does or could change."""
 

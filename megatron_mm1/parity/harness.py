@@ -27,8 +27,7 @@ from megatron_mm1.parity.layouts import Layout, choose_layouts
 from megatron_mm1.parity.report import (
     FLOOR,
     HEADINGS,
-    ROUNDING,
-    TENSOR_BOUND,
+    Bounds,
     Finding,
     LayoutResult,
     summary,
@@ -41,12 +40,16 @@ DEFAULTS = {
     "training.micro_batch_size": "2",
     "training.global_batch_size": "16",
     "training.precision": "fp32",
+    "training.layer_backend": "local",
     "data.sources": "[]",
     "data.validation": "[]",
     "optimizer.clip_grad": "0.1",
 }
 """Settings of the comparison that are not the preset's; options given by the user come after them. The gradient norm is
 well above the limit, so that clipping takes part."""
+
+FLOAT32 = Bounds()
+ROUNDING = {"fp32": FLOAT32.rounding, "bf16": 4e-3}
 
 TINY = 1e-30
 """Where nothing has a gradient (a frozen decoder and no image), there must be none."""
@@ -59,6 +62,7 @@ class Comparison:
         config: the model, the batch's shape and the precision; layouts set the rest.
         kinds: of batches, keys of KINDS.
         steps: gradient steps whose losses are compared.
+        bounds: what passes.
         job, reference: what each rank of a layout and the one process run, for tests that change something first.
     """
 
@@ -68,10 +72,12 @@ class Comparison:
         *,
         kinds: Sequence[str] = tuple(KINDS),
         steps: int = 2,
+        bounds: Bounds = FLOAT32,
         job: Callable[..., Any] = jobs.run_layout,
         reference: Callable[..., Any] = jobs.run_reference,
     ) -> None:
-        self.config, self.kinds, self.steps, self.job, self.reference = config, kinds, steps, job, reference
+        self.config, self.kinds, self.steps, self.bounds = config, kinds, steps, bounds
+        self.job, self.reference = job, reference
         self.backend = layer_backend(config.training.layer_backend)
         self._folder = tempfile.TemporaryDirectory(prefix="mm1-parity-")
         self._references: dict[str, tuple[Path, Path, dict[str, jobs.Outcome]]] = {}
@@ -163,13 +169,14 @@ class Comparison:
             [outcome.weights for outcome in outcomes],
             reference["weights"],
             scales={
-                name: max(updates[name], least_update, ROUNDING / TENSOR_BOUND * norm)
+                name: max(updates[name], least_update, self.bounds.rounding / self.bounds.tensor * norm)
                 for name, norm in norms_of(reference["weights"]).items()
             },
         )
         gradient_of = max(gradients, key=gradients.__getitem__)
         weight_of = max(weights, key=weights.__getitem__)
         return Finding(
+            bounds=self.bounds,
             kind=kind,
             loss=max(
                 _difference(ours, theirs)
@@ -226,12 +233,13 @@ def parity_main(args: argparse.Namespace, config_arguments: Sequence[str]) -> bo
     widths = [max(len(HEADINGS[0]), *(len(layout.name) for layout in layouts)), 9, 6, 6, 64, 6, 22, 4]
     print(_line(HEADINGS, widths), flush=True)
     results = []
-    with Comparison(config, kinds=kinds, steps=args.steps) as comparison:
+    bounds = Bounds(args.tolerance, rounding=ROUNDING[config.training.precision])
+    with Comparison(config, kinds=kinds, steps=args.steps, bounds=bounds) as comparison:
         for result in comparison.run(layouts):
             results.append(result)
             print(_line(result.row(), widths), flush=True)
-    write_report(args.output, results, settings=settings)
-    print(f"{summary(results)}\nreport: {args.output}/parity.md, {args.output}/parity.json")
+    write_report(args.output, results, settings=settings, bounds=bounds)
+    print(f"{summary(results, bounds)}\nreport: {args.output}/parity.md, {args.output}/parity.json")
     return all(result.passed for result in results)
 
 

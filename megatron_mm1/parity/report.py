@@ -5,13 +5,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-LOSS_BOUND = 1e-5
-NORM_BOUND = 1e-4
-TENSOR_BOUND = 1e-4
 FLOOR = 1e-6
 """A parameter whose gradient is smaller than this share of the whole gradient is compared with that share instead."""
-ROUNDING = 1e-7
-"""An update may be off by this share of the weight, which float32 resolves no better."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far a layout may be from one process.
+
+    Attributes:
+        tensor: relative error of a parameter's gradient or update, and of the global gradient norm.
+        rounding: share of a weight by which its update may be off in any case: the precision resolves no better.
+    """
+
+    tensor: float = 1e-4
+    rounding: float = 1e-7
+
+    @property
+    def loss(self) -> float:
+        return self.tensor / 10
 
 
 @dataclass(frozen=True)
@@ -24,8 +36,10 @@ class Finding:
         grad_norm: relative difference of the global gradient norm before clipping.
         gradient, weight: the largest relative error of a parameter's gradient, and of its clipped update, and whose.
         small: parameters under the floor.
+        bounds: which of these errors are too large.
     """
 
+    bounds: Bounds
     kind: str
     loss: float
     grad_norm: float
@@ -37,12 +51,7 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        return (
-            self.loss <= LOSS_BOUND
-            and self.grad_norm <= NORM_BOUND
-            and self.gradient <= TENSOR_BOUND
-            and self.weight <= TENSOR_BOUND
-        )
+        return self.loss <= self.bounds.loss and max(self.grad_norm, self.gradient, self.weight) <= self.bounds.tensor
 
 
 @dataclass(frozen=True)
@@ -91,12 +100,12 @@ class LayoutResult:
 HEADINGS = ("layout", "processes", "loss", "norm", "worst parameter", "error", "batch", "")
 
 
-def summary(results: Sequence[LayoutResult]) -> str:
+def summary(results: Sequence[LayoutResult], bounds: Bounds) -> str:
     """One line: how many passed, and the bounds."""
     passed = sum(result.passed for result in results)
     return (
-        f"{passed} of {len(results)} layouts equal one process. Bounds: loss {LOSS_BOUND:g}, gradient norm "
-        f"{NORM_BOUND:g}, gradient and update of every parameter {TENSOR_BOUND:g} of its norm."
+        f"{passed} of {len(results)} layouts equal one process. Bounds: loss {bounds.loss:g}; "
+        f"gradient norm, gradient and update of every parameter {bounds.tensor:g}."
     )
 
 
@@ -110,9 +119,16 @@ def small_parameters(results: Sequence[LayoutResult]) -> dict[str, list[str]]:
     return {name: sorted(found) for name, found in sorted(kinds.items())}
 
 
-def markdown(results: Sequence[LayoutResult], *, settings: Sequence[str]) -> str:
+def markdown(results: Sequence[LayoutResult], *, settings: Sequence[str], bounds: Bounds) -> str:
     """The whole report."""
-    lines = ["# Parity of parallel layouts", "", *(f"- {setting}" for setting in settings), "", summary(results), ""]
+    lines = [
+        "# Parity of parallel layouts",
+        "",
+        *(f"- {setting}" for setting in settings),
+        "",
+        summary(results, bounds),
+        "",
+    ]
     lines += [_markdown_row(HEADINGS), _markdown_row(["---"] * len(HEADINGS))]
     lines += [_markdown_row(result.row()) for result in results]
     small = small_parameters(results)
@@ -125,7 +141,7 @@ def markdown(results: Sequence[LayoutResult], *, settings: Sequence[str]) -> str
     return "\n".join(lines) + "\n"
 
 
-def write_report(folder: Path, results: Sequence[LayoutResult], *, settings: Sequence[str]) -> None:
+def write_report(folder: Path, results: Sequence[LayoutResult], *, settings: Sequence[str], bounds: Bounds) -> None:
     """`parity.json` and `parity.md` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -134,7 +150,7 @@ def write_report(folder: Path, results: Sequence[LayoutResult], *, settings: Seq
         "layouts": [asdict(result) | {"passed": result.passed} for result in results],
     }
     (folder / "parity.json").write_text(json.dumps(record, indent=1))
-    (folder / "parity.md").write_text(markdown(results, settings=settings))
+    (folder / "parity.md").write_text(markdown(results, settings=settings, bounds=bounds))
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

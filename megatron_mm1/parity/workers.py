@@ -98,6 +98,7 @@ def _work(rank: int, world_size: int, port: int, connection: Any) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 products in float32: read when CUDA starts
     import torch
 
     from megatron_mm1.parallel.groups import initialize_process_group

@@ -102,12 +102,19 @@ def introduction(config: MM1Config, model: Model, *, backend: str, groups: Proce
     """Lines that say what is about to run; every rank must call it."""
     counts = trainable_parameters(model, groups=groups)
     parallel = config.parallel
-    layout = (
-        f"{torch.distributed.get_world_size()} processes: tensor {parallel.tensor_model_parallel_size}"
-        f"{' + sequence' if parallel.sequence_parallel else ''}, pipeline {parallel.pipeline_model_parallel_size}, "
-        f"expert {parallel.expert_model_parallel_size}, data {groups.dp.size()}"
-        f"{' (distributed optimizer)' if parallel.use_distributed_optimizer else ''}"
-    )
+    sizes = {
+        f"tensor {parallel.tensor_model_parallel_size}{' + sequence' if parallel.sequence_parallel else ''}": True,
+        f"pipeline {parallel.pipeline_model_parallel_size}": True,
+        f"virtual {parallel.virtual_pipeline_model_parallel_size}": parallel.virtual_pipeline_model_parallel_size > 1,
+        f"context {parallel.context_parallel_size}": parallel.context_parallel_size > 1,
+        f"expert {parallel.expert_model_parallel_size}": config.model.moe is not None,
+        f"expert tensor {parallel.expert_tensor_parallel_size}": parallel.expert_tensor_parallel_size > 1,
+        f"data {groups.dp.size()}{' (distributed optimizer)' if parallel.use_distributed_optimizer else ''}": True,
+    }
+    shown = ", ".join(size for size, is_shown in sizes.items() if is_shown)
+    layout = f"{torch.distributed.get_world_size()} processes: {shown}"
+    if config.training.freeze:
+        layout += f"; frozen: {', '.join(config.training.freeze)}"
     problem = transformer_engine_problem()
     reason = f" (Transformer Engine: {problem})" if problem else ""
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())

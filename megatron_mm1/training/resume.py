@@ -20,7 +20,12 @@ _LAYOUT = (
     "expert_tensor_parallel_size",
     "use_distributed_optimizer",
 )
-_BUFFERS = ("overlap_grad_reduce", "vision_parallel_mode")
+_BUFFERS = (
+    "overlap_grad_reduce",
+    "vision_parallel_mode",
+    "decoder_first_pipeline_num_layers",
+    "hybrid_layer_pattern",
+)
 """Also decide how the distributed optimizer's buffers are cut."""
 
 
@@ -98,7 +103,7 @@ def _differences(saved: MM1Config, config: MM1Config) -> Iterator[tuple[str, obj
         before, now = getattr(saved.parallel, name), getattr(config.parallel, name)
         if before != now:
             yield f"parallel.{name}", before, now
-    for name in ("global_batch_size", "precision"):
+    for name in ("global_batch_size", "precision", "freeze"):
         before, now = getattr(saved.training, name), getattr(config.training, name)
         if before != now:
             yield f"training.{name}", before, now

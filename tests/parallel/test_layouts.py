@@ -1,5 +1,5 @@
-"""Training as users do, with AdamW on the corpus, is the same in every layout: one preset, unchanged but for its parallel
-sizes, from one checkpoint, in float32. Every gradient in many more layouts is test_parity.py's.
+"""Training as users do, with AdamW on the corpus, is the same in every layout: one preset, unchanged but for its
+parallel sizes, from one checkpoint, in float32. Every gradient in many more layouts is test_parity.py's.
 """
 
 import dataclasses

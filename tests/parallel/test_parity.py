@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mm1.parity.harness import Comparison, parity_config
 from megatron_mm1.parity.layouts import Layout, choose_layouts, covering_layouts, legal_layouts, pairs
-from megatron_mm1.parity.report import write_report
+from megatron_mm1.parity.report import Bounds, write_report
 from tests.parallel import broken
 
 MAX_WORLD_SIZE = 8
@@ -103,7 +103,7 @@ def test_the_report_names_what_failed(pool, tmp_path):
         failed = comparison.compare(layout, pool(2))
     with Comparison(config, kinds=("mixed",), steps=1, job=broken.raises) as comparison:
         crashed = comparison.compare(layout, pool(2))
-    write_report(tmp_path, [failed, crashed], settings=["a setting"])
+    write_report(tmp_path, [failed, crashed], settings=["a setting"], bounds=Bounds())
     record = json.loads((tmp_path / "parity.json").read_text())
     assert not record["passed"] and [entry["passed"] for entry in record["layouts"]] == [False, False]
     text = (tmp_path / "parity.md").read_text()
