@@ -98,5 +98,11 @@ def solo_group() -> torch.distributed.ProcessGroup:
 
 
 def destroy_process_groups() -> None:
-    """Undo `build_process_groups`, so that the same processes can try another layout."""
+    """Undo `build_process_groups`, so that the same processes can try another layout.
+
+    Forgetting the groups is not enough: each gloo group keeps threads of its own, and tens of layouts have thousands.
+    """
     parallel_state.destroy_model_parallel()
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
