@@ -38,6 +38,9 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[:1] == ["parity"]:
         return parity(argv[1:])
+    if argv[:2] == ["bench", "step"]:
+        bench_step(argv[2:])
+        return 0
     args = build_parser().parse_args(argv)
     args.command(args)
     return 0
@@ -57,6 +60,13 @@ def parity(argv: Sequence[str]) -> int:
     from megatron_mm1.parity.harness import parity_main
 
     return 0 if parity_main(args, config_arguments) else FAILED
+
+
+def bench_step(argv: Sequence[str]) -> None:
+    args, config_arguments = build_bench_step_parser().parse_known_args(argv)
+    from megatron_mm1.bench.step import bench_step_main
+
+    bench_step_main(args, config_arguments)
 
 
 def data_prepare(args: argparse.Namespace) -> None:
@@ -107,6 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a model (mm1 train --help lists every setting)")
     commands.add_parser("parity", help="show that every parallel layout computes the same (mm1 parity --help)")
+    bench = commands.add_parser("bench", help="measure speed").add_subparsers(required=True, metavar="COMMAND")
+    bench.add_parser("step", help="of a training step, and of its parts (mm1 bench step --help)")
 
     data = commands.add_parser("data", help="prepare training data").add_subparsers(required=True, metavar="COMMAND")
     _add_data_prepare(data)
@@ -157,6 +169,31 @@ def build_parity_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/parity"), metavar="DIR", help="folder for the report (%(default)s)"
+    )
+    return parser
+
+
+def build_bench_step_parser() -> argparse.ArgumentParser:
+    """The options of `bench step` itself; all others are the configuration's keys, as for `train`."""
+    parser = argparse.ArgumentParser(
+        prog="mm1 bench step",
+        description="Time training steps, then take as many apart: waiting for data, tower, decoder, pipeline bubble, "
+        "collectives, optimizer. Start it like mm1 train: alone, with torchrun or srun. Further options are the "
+        "configuration's (--preset, --model.decoder.num_layers, ..). Weights are drawn, or loaded with "
+        "--checkpoint.load; there is no validation, and nothing but the report is written.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=_positive_int, default=10, metavar="N", help="that count (%(default)s)")
+    parser.add_argument("--warmup", type=_positive_int, default=3, metavar="N", help="steps before (%(default)s)")
+    parser.add_argument(
+        "--synthetic",
+        nargs="?",
+        const="mixed",
+        metavar="KIND",
+        help="random batches instead of the configured data: mixed, or another kind that mm1 parity has",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/bench"), metavar="DIR", help="folder for the report (%(default)s)"
     )
     return parser
 

@@ -105,8 +105,9 @@ class Comparison:
             finally:
                 pool.close()
 
-    def compare(self, layout: Layout, pool: Pool) -> LayoutResult:
-        """One layout on the ranks of `pool`."""
+    def compare(self, layout: Layout, pool: Pool, *, kinds: Sequence[str] | None = None) -> LayoutResult:
+        """One layout on the ranks of `pool`, with some of the kinds of batch or with all."""
+        kinds = kinds or self.kinds
         started = time.perf_counter()
         config = layout.configure(self.config)
 
@@ -118,11 +119,11 @@ class Comparison:
             validate(config, world_size=layout.world_size)
             checkpoint, folder, expected = self._reference(layout)
             ranks = pool.run(
-                self.job, config, checkpoint, backend=self.backend, kinds=self.kinds, steps=self.steps, folder=folder
+                self.job, config, checkpoint, backend=self.backend, kinds=kinds, steps=self.steps, folder=folder
             )
         except (UserError, WorkerError) as error:
             return result(failure=str(error))
-        return result(tuple(self._finding(kind, folder, ranks, expected[kind]) for kind in self.kinds))
+        return result(tuple(self._finding(kind, folder, ranks, expected[kind]) for kind in kinds))
 
     def _reference(self, layout: Layout) -> tuple[Path, Path, dict[str, jobs.Outcome]]:
         """(checkpoint, folder of the reference's tensors, its outcomes); computed when first asked for."""
