@@ -77,12 +77,13 @@ def decoder_transformer_config(config: MM1Config, *, backend: str) -> Transforme
         # the same.
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
-        # apex alone has the kernel; docs/install.md
+        # apex alone has the kernel; docs/install.md. On the CPU training/accumulation.py switches ours on.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=transformer_engine,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=transformer_engine,
+        use_te_activation_func=not transformer_engine,  # means: the spec's activation, here ours
+        apply_rope_fusion=transformer_engine or not torch.cuda.is_available(),  # parallel/cpu_kernels.py has one
         variable_seq_lengths=False,
         **_recomputation(config.training),
         **experts,

@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_mm1.model.activations import SwiGLU
 from megatron_mm1.model.attention import LocalAttention
 from megatron_mm1.model.norms import LocalNorm
 from megatron_mm1.model.router import ExpertsLayer, Router
@@ -61,6 +62,7 @@ class _Modules:
     row_parallel: type
     core_attention: type
     mask: AttnMaskType
+    activation: type | None
     fused_norm: bool
 
 
@@ -73,6 +75,7 @@ def _modules(backend: str, *, context_parallel: bool) -> _Modules:
             row_parallel=RowParallelLinear,
             core_attention=LocalAttention,
             mask=AttnMaskType.arbitrary,  # the mask given at run time says everything
+            activation=SwiGLU,
             fused_norm=False,
         )
     from megatron.core.extensions import transformer_engine as te
@@ -86,6 +89,7 @@ def _modules(backend: str, *, context_parallel: bool) -> _Modules:
         row_parallel=te.TERowParallelLinear,
         core_attention=ContextParallelAttention if context_parallel else te.TEDotProductAttention,
         mask=AttnMaskType.padding_causal,
+        activation=None,  # megatron-core fuses it
         fused_norm=True,
     )
 
@@ -114,7 +118,9 @@ def decoder_stack_spec(backend: str, *, qk_layernorm: bool, context_parallel: bo
         self_attn_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
     )
-    mlp = MLPSubmodules(linear_fc1=modules.column_parallel, linear_fc2=modules.row_parallel)
+    mlp = MLPSubmodules(
+        linear_fc1=modules.column_parallel, linear_fc2=modules.row_parallel, activation_func=modules.activation
+    )
     mlp_layer = TransformerLayerSubmodules(
         pre_mlp_layernorm=norm,
         mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
@@ -140,7 +146,10 @@ def _experts_spec(*, use_te: bool) -> MlpBuilder:
     """megatron-core's experts with our router; their number comes from the configuration."""
     layer = get_moe_module_spec(use_te=use_te, num_experts=1, moe_grouped_gemm=use_te)
     submodules = layer.keywords["submodules"]
-    experts = partial(_distinct_experts, submodules.experts)
+    build = submodules.experts
+    if not use_te:
+        build = partial(build, submodules=dataclasses.replace(build.keywords["submodules"], activation_func=SwiGLU))
+    experts = partial(_distinct_experts, build)
     return partial(ExpertsLayer, submodules=dataclasses.replace(submodules, router=Router, experts=experts))
 
 

@@ -6,12 +6,16 @@ computed. Installed only where no CUDA device exists (see `device.prepare`), bef
 
 import functools
 import logging
+import sys
+import types
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed
+
+from megatron_mm1.parallel.cpu_kernels import add_weight_gradient, rotate
 
 _CPU = torch.device("cpu")
 
@@ -173,13 +177,21 @@ def _install_collectives() -> None:
     torch.distributed.reduce_scatter = reduce_scatter_unequal
 
 
+def _install_weight_gradient() -> None:
+    """The module of apex's kernel; layers that are told to use it do so, see training/accumulation.py."""
+    module = types.ModuleType("fused_weight_gradient_mlp_cuda")
+    module.wgrad_gemm_accum_fp32 = add_weight_gradient
+    sys.modules[module.__name__] = module
+
+
 def install() -> None:
-    """Install every entry, then the two that live inside megatron-core."""
+    """Install every entry, then those that live inside megatron-core."""
     _install_runtime()
     _install_rng()
     _install_factories()
     _install_tensor_types()
     _install_collectives()
+    _install_weight_gradient()
 
     # torch.compile of small fused functions needs a C++ compiler and takes seconds per function on a CPU.
     import megatron.core.jit as jit
@@ -190,3 +202,7 @@ def install() -> None:
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+    import megatron.core.models.common.embeddings.rope_utils as rope_utils
+
+    rope_utils.fused_apply_rotary_pos_emb = rotate

@@ -20,6 +20,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_mm1.config import MM1Config
 from megatron_mm1.model.mm1 import MM1Model
 from megatron_mm1.parallel.device import device
+from megatron_mm1.training.accumulation import accumulate_in_place
 
 Model = list[DistributedDataParallel]
 """A rank's part of the model: one stage, or several in turns under virtual pipelining."""
@@ -77,6 +78,8 @@ def build_model(config: MM1Config, *, backend: str, pg_collection: ProcessGroupC
             pg_collection=pg_collection,
         )
         chunk.broadcast_params()
+        if device().type == "cpu":
+            accumulate_in_place(chunk)
         chunks.append(chunk)
     no_sync = [chunk.no_sync for chunk in chunks]
     for chunk in chunks:  # the schedules read the first one's
@@ -130,6 +133,10 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         megatron_config, model, overrides, use_gloo_process_groups=False, pg_collection=pg_collection
     )
+    for part in optimizer_parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):  # where Transformer Engine's is absent
+            for group in part.optimizer.param_groups:
+                group["fused"] = True  # one pass over memory; megatron-core has no setting for it
     # The scheduler counts sequences, so that it need not change with the batch size.
     sequences = training.global_batch_size
     scheduler = OptimizerParamScheduler(

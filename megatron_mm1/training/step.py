@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_mm1.config import MM1Config
 from megatron_mm1.data.batch import IGNORE, PackedBatch
@@ -86,7 +87,9 @@ def train_step(
     grad_norm = float(optimizer.get_grad_norm())
     updated = math.isfinite(losses.loss) and math.isfinite(grad_norm)
     if updated:
-        optimizer.step()
+        if config.optimizer.clip_grad > 0:  # here and not in optimizer.step(), which would compute the norm again
+            clip_grads_with_norm_(optimizer.get_parameters(), config.optimizer.clip_grad, torch.tensor(grad_norm))
+        optimizer.step_with_ready_grads()
     scheduler.step(increment=config.training.global_batch_size)
     return StepStatistics(losses=losses, grad_norm=grad_norm, component_grad_norms=norms, skipped=not updated)
 

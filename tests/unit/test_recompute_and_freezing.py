@@ -54,7 +54,7 @@ def saved_bytes(config, groups) -> tuple[dict[str, int], dict[str, torch.Tensor]
 DECODER_CASES = {
     # options, at most this share of the decoder's bytes without recomputation
     "full, block by block": (["--recompute_granularity", "full"], 0.45),
-    "full, two blocks at a time": (["--recompute_granularity", "full", "--recompute_num_layers", "4"], 0.4),
+    "full, two blocks at a time": (["--recompute_granularity", "full", "--recompute_num_layers", "4"], 0.44),
     "full, two layers of each stage": (["--recompute_granularity", "full", "--recompute_method", "block"], 0.87),
     "attention": (["--recompute_granularity", "selective"], 0.985),  # SDPA keeps little itself
     "feed-forward": (["--recompute_granularity", "selective", "--recompute_modules", "[mlp]"], 0.75),
