@@ -126,9 +126,7 @@ class Ours:
 
     def step(self, batch: PackedBatch) -> float:
         """One step; its loss before the update."""
-        result = train_step(
-            self.config, self.model, self.optimizer, self.scheduler, [batch], pg_collection=self.groups
-        )
+        result = train_step(self.config, self.model, self.optimizer, self.scheduler, [batch], pg_collection=self.groups)
         return result.losses.loss
 
 
@@ -190,7 +188,9 @@ class Theirs:
         return loss.item()
 
 
-def timed_pair(ours: Ours, theirs: Theirs, batch: PackedBatch, *, ours_first: bool) -> tuple[tuple[float, float], float]:
+def timed_pair(
+    ours: Ours, theirs: Theirs, batch: PackedBatch, *, ours_first: bool
+) -> tuple[tuple[float, float], float]:
     """((seconds of our step, of theirs), difference of the losses) on one batch."""
     seconds, losses = {}, {}
     for side in (ours, theirs) if ours_first else (theirs, ours):

@@ -4,6 +4,7 @@ megatron-core's description of a distributed checkpoint says which part of which
 that no layout changes. Nothing is gathered: each rank compares what it has with its slice of the reference.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -82,6 +83,7 @@ def squared_errors(parts: Iterator[Shard], reference: Mapping[str, Tensor]) -> S
         error = float("inf")
         if whole is not None and whole.shape == part.shape:
             error = float((part.data.double().cpu() - part.of(whole).double()).square().sum())
+            error = float("inf") if math.isnan(error) else error  # which comparisons pass over
         squares.setdefault(part.name, {})[part.offset, tuple(part.data.shape)] = error
     return squares
 
