@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def model_config() -> MM1Config:
-    """mm1-85m's decoder on 512 positions behind a small tower whose every patch is a token; a constant learning rate."""
+    """mm1-85m's decoder on 512 positions behind a small tower whose every patch is a token; constant rate."""
     config = preset("mm1-85m")
     vision = VisionConfig(
         image_size=SIDE,
@@ -216,7 +216,7 @@ def judge(
     settings = {
         "decoder": f"{decoder.num_layers} x {decoder.hidden_size}, {decoder.num_attention_heads} heads, "
         f"feed-forward {decoder.ffn_hidden_size}, vocabulary {decoder.vocab_size}",
-        "tower": f"{vision.num_layers} x {vision.hidden_size}, {vision.image_size} px in patches of {vision.patch_size}",
+        "tower": f"{vision.num_layers} x {vision.hidden_size}, {vision.image_size} px, patches of {vision.patch_size}",
         "sequence": f"1 of {POSITIONS} positions, {IMAGE_TOKENS} of them an image's; float32",
         "parameters": f"ours {ours.parameters:,}, theirs {theirs.parameters:,}",
         "threads": torch.get_num_threads(),

@@ -56,6 +56,8 @@ def build_pair(case: str, groups):
         is_hybrid_model=False,
         moe_layer_freq=frequency if moe else 1,
         moe_expert_capacity_factor=None,
+        use_te_activation_func=False,  # megatron-core's own activation and rotation
+        apply_rope_fusion=False,
     )
     theirs = GPTModel(
         theirs_config,

@@ -1,7 +1,7 @@
 """Delays put into a training step, and what the workers of tests/parallel/test_bench.py run."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from time import sleep
 from typing import Any
@@ -14,6 +14,7 @@ from megatron_mm1.bench.step import StepBench, repeated_batches
 from megatron_mm1.config import MM1Config
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
 from megatron_mm1.training.build import unwrap
+from megatron_mm1.training.step import StepStatistics
 
 SMALL = [
     *("--model.decoder.hidden_size", "64", "--model.decoder.ffn_hidden_size", "160", "--vocab_size", "512"),
@@ -70,7 +71,36 @@ class Delay:
             yield item
 
 
-def make_bench(config: MM1Config) -> StepBench:
+@contextmanager
+def bench(config: MM1Config) -> Iterator[StepBench]:
     groups = build_process_groups(config.parallel, seed=config.training.seed)
     batches = repeated_batches(config, "two resolutions", dp_size=groups.dp.size())
-    return StepBench(config, batches, backend="local", pg_collection=groups)
+    yield StepBench(config, batches, backend="local", pg_collection=groups)
+    destroy_process_groups()
+
+
+def take_apart_with_a_slow_rank(config: MM1Config, *, slow_rank: int, seconds: float) -> tuple[dict[str, float], float]:
+    """This rank's parts of a step, and how long it was delayed: in both directions, the slow rank alone, in the tower
+    or in a stage without one in its last layer.
+    """
+    delay = Delay(partial(sleep, seconds))
+    with bench(config) as measured:
+        if torch.distributed.get_rank() == slow_rank:
+            stage = unwrap(measured.model[-1])
+            delay.slow(stage.tower.patch_embedding if stage.pre_process else stage.language_model.output_layer)
+        _, parts = measured.take_apart(1)
+    return parts, seconds * delay.count / 2
+
+
+def measure(config: MM1Config) -> dict[str, Any]:
+    with bench(config) as measured:
+        return measured.measure(measured.settings(), steps=2, warmup=1).record()
+
+
+def step_with_and_without_instruments(config: MM1Config) -> tuple[list[StepStatistics], list[StepStatistics]]:
+    with bench(config) as plain:
+        expected = [plain.step() for _ in range(2)]
+    with bench(config) as apart:
+        instruments = instrumented(apart.model, apart.optimizer, apart.clock, pg_collection=apart.groups)
+        with instruments, apart.clock.running():
+            return expected, [apart.step() for _ in range(2)]

@@ -16,6 +16,7 @@ from megatron_mm1.bench.report import FILE, RankTimes, StepReport
 from megatron_mm1.bench.step import StepBench, repeated_batches
 from megatron_mm1.cli import main
 from megatron_mm1.config.loading import load_config
+from megatron_mm1.training import step as training_step
 from megatron_mm1.training.build import named_parameters, unwrap
 from tests.parallel.slowed import SMALL, Delay
 
@@ -29,9 +30,7 @@ def bench(groups):
     def make(kind="mixed", *options):
         config = load_config([*ONE_PROCESS, *options])
         torch.manual_seed(0)
-        return StepBench(
-            config, repeated_batches(config, kind, dp_size=1), backend="local", pg_collection=groups
-        )
+        return StepBench(config, repeated_batches(config, kind, dp_size=1), backend="local", pg_collection=groups)
 
     return make
 
@@ -80,7 +79,7 @@ def test_each_forward_and_backward_counts_for_its_own_component(bench, variant):
     bench = bench(*VARIANTS[variant])
     time, stage = Time(bench), unwrap(bench.model[0])
     tower, decoder = time.delay(), time.delay()
-    tower.slow(stage.tower.patch_embedding, *stage.connector.children())
+    tower.slow(stage.tower.patch_embedding, *list(stage.connector.children())[:-1])
     decoder.slow(stage.language_model.embedding.word_embeddings, stage.language_model.output_layer)
     for name, module in stage.named_modules():
         if name.endswith(("linear_fc1", "linear_proj")):
@@ -103,6 +102,10 @@ def slow_collectives(bench, delay):
         delay.patch(torch.distributed, name)
 
 
+def slow_clipping(bench, delay):
+    delay.patch(training_step, "clip_grads_with_norm_")
+
+
 def slow_optimizer(method):
     return lambda bench, delay: delay.patch(bench.optimizer, method)
 
@@ -112,9 +115,10 @@ def slow_optimizer(method):
     [
         pytest.param(slow_loader, DATA, id="loader"),
         pytest.param(slow_collectives, COLLECTIVES, id="collectives"),
+        pytest.param(slow_clipping, OPTIMIZER, id="clipping"),
         *(
             pytest.param(slow_optimizer(method), OPTIMIZER, id=f"optimizer.{method}")
-            for method in ("zero_grad", "prepare_grads", "get_grad_norm", "step")
+            for method in ("zero_grad", "prepare_grads", "get_grad_norm", "step_with_ready_grads")
         ),
     ],
 )
@@ -138,9 +142,10 @@ def test_parts_are_not_negative_and_add_up_to_the_step(bench):
 def test_instruments_change_no_result(bench):
     plain, taken_apart = bench(), bench()
     expected = [plain.step() for _ in range(2)]
-    with instrumented(
-        taken_apart.model, taken_apart.optimizer, taken_apart.clock, pg_collection=taken_apart.groups
-    ), taken_apart.clock.running():
+    with (
+        instrumented(taken_apart.model, taken_apart.optimizer, taken_apart.clock, pg_collection=taken_apart.groups),
+        taken_apart.clock.running(),
+    ):
         assert [taken_apart.step() for _ in range(2)] == expected
     weights = dict(named_parameters(plain.model))
     assert all(torch.equal(weight, weights[name]) for name, weight in named_parameters(taken_apart.model))
