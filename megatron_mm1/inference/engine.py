@@ -294,7 +294,7 @@ def _forward_step(
 
 def _log_likelihoods(batch: PackedBatch, losses: Tensor) -> Tensor:
     """[B] the summed log-likelihood of each row's trained tokens."""
-    return -losses.double().masked_fill(batch.labels == IGNORE, 0.0).sum(dim=1)
+    return -losses.double().view_as(batch.labels).masked_fill(batch.labels == IGNORE, 0.0).sum(dim=1)
 
 
 def _extend(piece: Piece, ids: Sequence[int], *, trained: bool = False) -> Piece:

@@ -72,9 +72,9 @@ class Delay:
 
 
 @contextmanager
-def bench(config: MM1Config) -> Iterator[StepBench]:
+def bench(config: MM1Config, *, kind: str = "two resolutions") -> Iterator[StepBench]:
     groups = build_process_groups(config.parallel, seed=config.training.seed)
-    batches = repeated_batches(config, "two resolutions", dp_size=groups.dp.size())
+    batches = repeated_batches(config, kind, dp_size=groups.dp.size())
     yield StepBench(config, batches, backend="local", pg_collection=groups)
     destroy_process_groups()
 
@@ -84,7 +84,7 @@ def take_apart_with_a_slow_rank(config: MM1Config, *, slow_rank: int, seconds: f
     or in a stage without one in its last layer.
     """
     delay = Delay(partial(sleep, seconds))
-    with bench(config) as measured:
+    with bench(config, kind="mixed") as measured:
         if torch.distributed.get_rank() == slow_rank:
             stage = unwrap(measured.model[-1])
             delay.slow(stage.tower.patch_embedding if stage.pre_process else stage.language_model.output_layer)

@@ -14,7 +14,8 @@ from tests.parallel.slowed import (
     take_apart_with_a_slow_rank,
 )
 
-DELAY = 0.4
+DELAY = 0.7
+"""Seconds: several times what a step of this model takes on a busy machine."""
 LAYOUTS = {
     "PP2": dict(pipeline_model_parallel_size=2),
     "PP2 VPP2": dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
@@ -51,8 +52,7 @@ def test_a_slow_rank_costs_the_other_time_in_the_part_where_it_waits(pool, layou
     assert delay >= 2 * DELAY
     assert slow[own] > 0.95 * delay
     assert max(slow[part] for part in PARTS if part != own) < DELAY
-    # What the other rank computes meanwhile is no waiting.
-    assert waiting[others] > delay - DELAY
+    assert waiting[others] > delay - DELAY  # what it computes meanwhile is no waiting
     assert max(waiting[part] for part in PARTS if part != others) < DELAY
 
 
