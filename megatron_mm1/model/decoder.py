@@ -69,6 +69,9 @@ def decoder_transformer_config(config: MM1Config, *, backend: str) -> Transforme
         virtual_pipeline_model_parallel_size=(
             parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None
         ),
+        # Batched, what two pipeline ranks send each other forward and backward would be matched in the wrong order.
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size > 1,
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size == 1,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,

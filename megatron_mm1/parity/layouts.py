@@ -58,7 +58,8 @@ class Layout:
         """Of the global batch."""
         per_rank = MICROBATCHES
         if self.parallel.virtual_pipeline_model_parallel_size > 1:
-            per_rank = max(per_rank, self.parallel.pipeline_model_parallel_size)
+            # More than the warm-up takes, so that forward and backward messages cross.
+            per_rank = max(per_rank, 2 * self.parallel.pipeline_model_parallel_size)
         return per_rank * self.data_parallel_size
 
     def configure(self, config: MM1Config) -> MM1Config:
