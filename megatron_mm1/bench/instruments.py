@@ -52,7 +52,8 @@ def instrumented(
 ) -> Iterator[None]:
     """Let `clock` see the parts of a training step, data excepted, while the block lasts.
 
-    Collectives and point-to-point operations are waited for where they start: what would overlap does not.
+    Collectives are waited for where they start, sends and receives where the schedule waits for them: it relies on
+    them to go on meanwhile.
     """
     with ExitStack() as patches:
         _time_communication(patches, clock)
@@ -113,8 +114,6 @@ def _wait_for_stages(patches: ExitStack, model: Model, clock: Clock, pg_collecti
     not in the first collective that they share."""
     config = unwrap(model[0]).config
     finalize = config.finalize_model_grads_func
-    # megatron-core waits for its sends and receives at once only if they are batched.
-    assert config.batch_p2p_comm and not config.overlap_p2p_comm
 
     def wait_first(*args: Any, **kwargs: Any) -> None:
         with clock.region(BUBBLE):
@@ -133,7 +132,7 @@ def _time_communication(patches: ExitStack, clock: Clock) -> None:
         found: dict[Function, Callable[[Function, Clock], Function]] = {
             getattr(home, name): _timed_collective for name in _COLLECTIVES if hasattr(home, name)
         }
-        found[home.batch_isend_irecv] = _timed_batch
+        found |= {home.isend: _timed_message, home.irecv: _timed_message, home.batch_isend_irecv: _timed_batch}
         found[torch.distributed.distributed_c10d._coalescing_manager] = _timed_coalescing
         for function, timed in found.items():
             if id(function) not in replacements:
@@ -171,16 +170,36 @@ def _timed_collective(function: Function, clock: Clock) -> Function:
     return timed
 
 
+class _Message:
+    """A send or receive under way, which is waited for in the bubble."""
+
+    def __init__(self, work: torch.distributed.Work, clock: Clock) -> None:
+        self._work, self._clock = work, clock
+
+    def wait(self, *args: Any) -> bool:
+        with self._clock.communication(BUBBLE):
+            return self._work.wait(*args)
+
+    def is_completed(self) -> bool:
+        return self._work.is_completed()
+
+
+def _timed_message(function: Function, clock: Clock) -> Function:
+    @wraps(function)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with clock.communication(BUBBLE) as outermost:
+            work = function(*args, **kwargs)
+        return _Message(work, clock) if outermost and work is not None else work
+
+    return timed
+
+
 def _timed_batch(function: Function, clock: Clock) -> Function:
     @wraps(function)
-    def timed(operations: list[Any]) -> list[Any]:
+    def timed(*args: Any, **kwargs: Any) -> list[Any]:
         with clock.communication(BUBBLE) as outermost:
-            works = function(operations)
-            if not outermost:
-                return works
-            for work in works:
-                work.wait()
-            return []  # gloo would wait for a second message if one of them were waited for again
+            works = function(*args, **kwargs)
+        return [_Message(work, clock) for work in works] if outermost else works
 
     return timed
 

@@ -128,7 +128,7 @@ class StepBench:
         if config.checkpoint.load is not None:  # a router that has learned balances its experts
             load_weights(find_checkpoint(config.checkpoint.load), self.model, pg_collection=pg_collection)
             self.optimizer.reload_model_params()
-        self.clock = Clock(torch.cuda.synchronize)
+        self.clock = Clock(wait_for_computation)
         training = config.training
         self.num_microbatches = training.global_batch_size // (training.micro_batch_size * pg_collection.dp.size())
         self.images = 0
@@ -154,10 +154,10 @@ class StepBench:
         apart, parts = self.take_apart(steps)
         return self._report(settings, RankTimes(tuple(seconds), waited, apart, parts), images)
 
-    def take_apart(self, steps: int) -> tuple[float, dict[str, float]]:
-        """Mean seconds of instrumented steps, whole and by part; one before them does not count."""
+    def take_apart(self, steps: int, *, warmup: int = 1) -> tuple[float, dict[str, float]]:
+        """Mean seconds of instrumented steps, whole and by part; `warmup` before them do not count."""
         with instrumented(self.model, self.optimizer, self.clock, pg_collection=self.groups):
-            self._run(1)
+            self._run(warmup)
             before = dict(self.clock.seconds)
             apart = self._run(steps, is_clocked=True)
         return fmean(apart), {part: (total - before[part]) / steps for part, total in self.clock.seconds.items()}
@@ -213,6 +213,11 @@ class StepBench:
             "torch threads per process": torch.get_num_threads(),
             "torch": torch.__version__,
         }
+
+
+def wait_for_computation() -> None:
+    """Waits for this stream, not for the device: a message still to come may depend on what this rank does next."""
+    torch.cuda.current_stream().synchronize()
 
 
 def layout_line(config: MM1Config, *, dp_size: int) -> str:

@@ -86,10 +86,11 @@ def take_apart_with_a_slow_rank(config: MM1Config, *, slow_rank: int, seconds: f
     delay = Delay(partial(sleep, seconds))
     with bench(config, kind="mixed") as measured:
         if torch.distributed.get_rank() == slow_rank:
-            stage = unwrap(measured.model[-1])
+            stages = map(unwrap, measured.model)
+            stage = next(stage for stage in stages if stage.pre_process or stage.post_process)
             delay.slow(stage.tower.patch_embedding if stage.pre_process else stage.language_model.output_layer)
-        _, parts = measured.take_apart(1)
-    return parts, seconds * delay.count / 2
+        _, parts = measured.take_apart(1, warmup=0)
+    return parts, seconds * delay.count
 
 
 def measure(config: MM1Config) -> dict[str, Any]:

@@ -27,11 +27,12 @@ LAYOUTS = {
     "DP2 overlapped": dict(use_distributed_optimizer=True, overlap_grad_reduce=True),
     "EP2": dict(expert_model_parallel_size=2),
 }
+MORE_MICROBATCHES = {"PP2 VPP2": ["--global_batch_size", "4"]}  # so that forward and backward messages cross
 
 
 def config_of(layout):
     preset = "mm1-tiny-moe" if layout.startswith("EP") else "mm1-tiny"
-    config = load_config(["--preset", preset, *SMALL])
+    config = load_config(["--preset", preset, *SMALL, *MORE_MICROBATCHES.get(layout, [])])
     return replace(config, parallel=ParallelConfig(**LAYOUTS[layout]))
 
 
@@ -41,6 +42,8 @@ def config_of(layout):
         # Forward the second stage waits for the first, and at the end, when it has nothing left to do.
         ("PP2", 0, TOWER, BUBBLE),
         ("PP2", 1, DECODER, BUBBLE),
+        ("PP2 VPP2", 0, TOWER, BUBBLE),
+        ("PP2 VPP2", 1, DECODER, BUBBLE),
         ("TP2", 1, TOWER, COLLECTIVES),
         ("DP2", 0, TOWER, COLLECTIVES),
         ("DP2 overlapped", 0, TOWER, COLLECTIVES),
