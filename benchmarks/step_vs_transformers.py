@@ -11,6 +11,7 @@ both. Goal: at most the same time; the exit code asks for no more than 1.05 time
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -220,7 +221,8 @@ def judge(
         "sequence": f"1 of {POSITIONS} positions, {IMAGE_TOKENS} of them an image's; float32",
         "parameters": f"ours {ours.parameters:,}, theirs {theirs.parameters:,}",
         "threads": torch.get_num_threads(),
-        "processor": processor(),
+        "processor": f"{processor()}, {os.cpu_count()} logical",
+        "load average": f"{os.getloadavg()[0]:.1f} (others that run too make the ratios scatter)",
         **{package: version(package) for package in ("transformers", "megatron-core")},
         "step, median seconds": "ours {:.3f}, theirs {:.3f}".format(*map(statistics.median, zip(*pairs, strict=True))),
         "ratios": " ".join(f"{ratio:.3f}" for ratio in sorted(ratios)),
