@@ -42,6 +42,9 @@ def decoder_transformer_config(config: MM1Config, *, backend: str) -> Transforme
             # to have all its experts instead of counting.
             moe_expert_capacity_factor=moe.moe_expert_capacity_factor or math.inf,
             moe_grouped_gemm=transformer_engine,
+            # Until training/step.py sets it. megatron-core keeps the shape of the first scale that a process sees, and
+            # its own default is no scalar.
+            moe_grad_scale_func=lambda: torch.ones(()),
         )
     return TransformerConfig(
         num_layers=2 * decoder.num_layers,  # HybridModel counts attention and feed-forward layers apart

@@ -115,12 +115,12 @@ class Router(TopKRouter):
 
     @torch.no_grad()
     def _count(self, logits: Tensor, chosen: Tensor, kept: Tensor) -> None:
-        log_scores = logits.double().log_softmax(dim=-1)
+        log_scores = logits.log_softmax(dim=-1)
         entropy = -(log_scores.exp() * log_scores).sum(dim=-1, keepdim=True)
         dropped = (chosen & ~kept).sum(dim=-1, keepdim=True)
         figures = torch.cat([chosen, dropped, entropy, torch.ones_like(entropy)], dim=1)  # [tokens, experts + 3]
         assert self.kinds is not None
         kinds, self.kinds = self.kinds, None
-        of_modality = torch.stack([torch.eq(kinds, kind) for kind in (TEXT, IMAGE)]).double()
-        tally = of_modality @ figures
+        of_modality = torch.stack([torch.eq(kinds, kind) for kind in (TEXT, IMAGE)]).to(figures)
+        tally = (of_modality @ figures).double()
         self.tally = tally if self.tally is None else self.tally + tally

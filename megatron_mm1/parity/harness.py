@@ -96,14 +96,17 @@ class Comparison:
         """Results as they come, layouts of the same number of processes together."""
         ordered = sorted(layouts, key=lambda layout: layout.world_size)
         for world_size, group in groupby(ordered, key=lambda layout: layout.world_size):
-            pool = Pool(world_size)
+            pool = self._pool(world_size)
             try:
                 for layout in group:
                     if not pool.alive:
-                        pool = Pool(world_size)
+                        pool = self._pool(world_size)
                     yield self.compare(layout, pool)
             finally:
                 pool.close()
+
+    def _pool(self, world_size: int) -> Pool:
+        return Pool(world_size, timeout_minutes=self.config.parallel.distributed_timeout_minutes)
 
     def compare(self, layout: Layout, pool: Pool, *, kinds: Sequence[str] | None = None) -> LayoutResult:
         """One layout on the ranks of `pool`, with some of the kinds of batch or with all."""
@@ -131,7 +134,7 @@ class Comparison:
         key = repr(config)
         if key not in self._references:
             if self._single is None or not self._single.alive:
-                self._single = Pool(1)
+                self._single = self._pool(1)
             folder = Path(self._folder.name) / str(len(self._references))
             folder.mkdir()
             model = repr(config.model)  # the weights depend on nothing else
@@ -156,7 +159,8 @@ class Comparison:
         self, kind: str, folder: Path, ranks: Sequence[dict[str, jobs.Outcome]], expected: jobs.Outcome
     ) -> Finding:
         outcomes = [rank[kind] for rank in ranks]
-        reference = torch.load(folder / f"{kind}.pt", mmap=True)
+        reference = {what: jobs.reference_tensors(folder, kind, what) for what in ("gradients", "weights")}
+        initial = jobs.reference_tensors(folder, jobs.INITIAL, "weights")
         gradient_norms = norms_of(reference["gradients"])
         least = max(FLOOR * math.hypot(*gradient_norms.values()), TINY)
         gradients = relative_errors(
@@ -164,7 +168,7 @@ class Comparison:
             reference["gradients"],
             scales={name: max(norm, least) for name, norm in gradient_norms.items()},
         )
-        updates = norms_of({name: after - reference["before"][name] for name, after in reference["weights"].items()})
+        updates = norms_of({name: after - initial[name] for name, after in reference["weights"].items()})
         least_update = max(FLOOR * math.hypot(*updates.values()), TINY)
         weights = relative_errors(
             [outcome.weights for outcome in outcomes],

@@ -1,10 +1,9 @@
 """What the worker processes run."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -16,13 +15,16 @@ from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
 from megatron_mm1.parity.batches import synthetic_batches
-from megatron_mm1.parity.shards import Squares, complete_gradients, shards, squared_errors, whole_tensors
+from megatron_mm1.parity.shards import Shard, Squares, complete_gradients, shards, squared_errors, whole_tensors
 from megatron_mm1.training.build import Model, build_model, build_optimizer
 from megatron_mm1.training.checkpointing import CheckpointMetadata, load_weights, save_checkpoint
-from megatron_mm1.training.step import forward_backward
+from megatron_mm1.training.step import forward_backward, update_weights
 
 LEARNING_RATE = 10.0
 """Of a plain gradient step, whose size `optimizer.clip_grad` then sets."""
+
+INITIAL = "initial"
+"""In place of a kind of batch: before any."""
 
 _EPSILON = 1e8
 """Without momentum and with this beside the root of the squared gradient, Adam is gradient descent to 1e-8 (and the
@@ -88,11 +90,13 @@ class Trial:
         losses = forward_backward(self.config, self.model, self.share(batches), pg_collection=self.groups)
         return losses.loss
 
-    def gradients(self) -> dict[str, Tensor]:
-        return whole_tensors(shards(self.model, main_grad, pg_collection=self.groups))
+    def update(self) -> float:
+        """One clipped step, as training does it; the gradient norm before clipping."""
+        return update_weights(self.config, self.optimizer)[0]
 
-    def weights(self) -> dict[str, Tensor]:
-        return whole_tensors(shards(self.model, itself, pg_collection=self.groups))
+    def shards(self, what: str) -> Iterator[Shard]:
+        """This rank's shards of the trained parameters' "gradients" or "weights"."""
+        return shards(self.model, main_grad if what == "gradients" else itself, pg_collection=self.groups)
 
     def close(self) -> None:
         destroy_process_groups()
@@ -128,54 +132,65 @@ def save_initial(config: MM1Config, folder: Path, *, backend: str) -> Path:
 def run_reference(
     config: MM1Config, checkpoint: Path, *, backend: str, kinds: Sequence[str], steps: int, folder: Path
 ) -> dict[str, Outcome]:
-    """In one process: what each kind of batch gives; the tensors go to `folder`, one file a kind."""
-    trial = Trial(config, backend=backend)
-    trial.load(checkpoint)
-    outcomes = {}
-    for kind in kinds:
-        trial.restore_initial()
-        batches = synthetic_batches(config, kind)
-        losses = [trial.backward(batches)]
-        tensors = {"gradients": trial.gradients(), "before": trial.weights()}
-        grad_norm = update(trial.optimizer)
-        tensors["weights"] = trial.weights()
-        losses += [_further(trial, batches) for _ in range(steps - 1)]
-        torch.save(tensors, folder / f"{kind}.pt")
-        outcomes[kind] = Outcome(tuple(losses), grad_norm, {}, {})
-    trial.close()
-    return outcomes
+    """In one process: what each kind of batch gives; the tensors go to `folder` (see `reference_tensors`)."""
+
+    def record(trial: Trial, kind: str, what: str) -> Squares:
+        torch.save(whole_tensors(trial.shards(what)), _reference_file(folder, kind, what))
+        return {}
+
+    return _run(config, checkpoint, record, backend=backend, kinds=kinds, steps=steps)
 
 
 def run_layout(
     config: MM1Config, checkpoint: Path, *, backend: str, kinds: Sequence[str], steps: int, folder: Path
 ) -> dict[str, Outcome]:
     """On every rank of a layout: each kind of batch against the reference in `folder`."""
+
+    def compare(trial: Trial, kind: str, what: str) -> Squares:
+        return squared_errors(trial.shards(what), reference_tensors(folder, kind, what))
+
+    return _run(config, checkpoint, compare, backend=backend, kinds=kinds, steps=steps)
+
+
+def reference_tensors(folder: Path, kind: str, what: str) -> dict[str, Tensor]:
+    """Whole tensors of one process for a kind of batch: its "gradients", and "weights" after the first step; of kind
+    INITIAL, the "weights" before."""
+    tensors: dict[str, Tensor] = torch.load(_reference_file(folder, kind, what), mmap=True)
+    return tensors
+
+
+def _reference_file(folder: Path, kind: str, what: str) -> Path:
+    return folder / f"{kind} {what}.pt"
+
+
+def _run(
+    config: MM1Config,
+    checkpoint: Path,
+    observe: Callable[[Trial, str, str], Squares],
+    *,
+    backend: str,
+    kinds: Sequence[str],
+    steps: int,
+) -> dict[str, Outcome]:
+    """Each kind of batch from the same weights; `observe` sees the first step's gradients, and the weights after it."""
     trial = Trial(config, backend=backend)
     trial.load(checkpoint)
+    loaded = observe(trial, INITIAL, "weights")
+    if wrong := [name for name, errors in loaded.items() if any(errors.values())]:
+        raise RuntimeError(f"these weights are not the checkpoint's: {', '.join(wrong)}")
     outcomes = {}
     for kind in kinds:
         trial.restore_initial()
         batches = synthetic_batches(config, kind)
-        reference: dict[str, dict[str, Any]] = torch.load(folder / f"{kind}.pt", mmap=True)
         losses = [trial.backward(batches)]
         for chunk in trial.model:
             complete_gradients(chunk)
-        gradients = squared_errors(shards(trial.model, main_grad, pg_collection=trial.groups), reference["gradients"])
-        grad_norm = update(trial.optimizer)
-        weights = squared_errors(shards(trial.model, itself, pg_collection=trial.groups), reference["weights"])
-        losses += [_further(trial, batches) for _ in range(steps - 1)]
+        gradients = observe(trial, kind, "gradients")
+        grad_norm = trial.update()
+        weights = observe(trial, kind, "weights")
+        for _ in range(steps - 1):
+            losses.append(trial.backward(batches))
+            trial.update()
         outcomes[kind] = Outcome(tuple(losses), grad_norm, gradients, weights)
     trial.close()
     return outcomes
-
-
-def update(optimizer: MegatronOptimizer) -> float:
-    """One clipped step; the gradient norm before clipping."""
-    _, grad_norm, _ = optimizer.step()
-    return float(grad_norm)
-
-
-def _further(trial: Trial, batches: Sequence[PackedBatch]) -> float:
-    loss = trial.backward(batches)
-    update(trial.optimizer)
-    return loss

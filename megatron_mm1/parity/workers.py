@@ -1,9 +1,10 @@
 """Worker processes that run one job after the other, since importing megatron-core takes seconds.
 
-A job is a module-level function; every worker runs it with the same arguments, inside an initialised gloo process
-group, and the pool returns what each rank returned.
+A job is a module-level function; every worker runs it with the same arguments, inside an initialised process group
+(NCCL on its own GPU, or gloo), and the pool returns what each rank returned.
 """
 
+import math
 import multiprocessing
 import os
 import socket
@@ -13,7 +14,6 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-TIMEOUT_SECONDS = 240
 GRACE_SECONDS = 5
 """How long the other ranks may take to answer after one has failed."""
 
@@ -27,9 +27,11 @@ class Pool:
 
     Args:
         world_size: number of processes.
+        timeout_minutes: how long a job may take, the start of the workers included, and a collective wait.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, *, timeout_minutes: float = 4) -> None:
+        self.timeout_seconds = 60 * timeout_minutes
         context = multiprocessing.get_context("spawn")  # DALI and gloo do not survive a fork
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -39,7 +41,7 @@ class Pool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             # Not daemons: writing a checkpoint starts a process. They end when the pipe to the parent closes.
-            process = context.Process(target=_work, args=(rank, world_size, port, theirs))
+            process = context.Process(target=_work, args=(rank, world_size, port, theirs, timeout_minutes))
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -56,7 +58,7 @@ class Pool:
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         waiting = dict(zip(self.connections, range(len(self.connections)), strict=True))
-        deadline = time.monotonic() + TIMEOUT_SECONDS
+        deadline = time.monotonic() + self.timeout_seconds
         while waiting:
             ready: list[Any] = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
             for connection in ready:
@@ -94,7 +96,7 @@ class Pool:
                 process.join(timeout=10)
 
 
-def _work(rank: int, world_size: int, port: int, connection: Any) -> None:
+def _work(rank: int, world_size: int, port: int, connection: Any, timeout_minutes: float) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -104,7 +106,7 @@ def _work(rank: int, world_size: int, port: int, connection: Any) -> None:
     from megatron_mm1.parallel.groups import initialize_process_group
 
     torch.set_num_threads(1)
-    initialize_process_group(timeout_minutes=5)
+    initialize_process_group(timeout_minutes=math.ceil(timeout_minutes) + 1)  # the pool gives up first
     while True:
         try:
             job, args, kwargs = connection.recv()

@@ -102,17 +102,19 @@ def introduction(config: MM1Config, model: Model, *, backend: str, groups: Proce
     """Lines that say what is about to run; every rank must call it."""
     counts = trainable_parameters(model, groups=groups)
     parallel = config.parallel
-    sizes = {
-        f"tensor {parallel.tensor_model_parallel_size}{' + sequence' if parallel.sequence_parallel else ''}": True,
-        f"pipeline {parallel.pipeline_model_parallel_size}": True,
-        f"virtual {parallel.virtual_pipeline_model_parallel_size}": parallel.virtual_pipeline_model_parallel_size > 1,
-        f"context {parallel.context_parallel_size}": parallel.context_parallel_size > 1,
-        f"expert {parallel.expert_model_parallel_size}": config.model.moe is not None,
-        f"expert tensor {parallel.expert_tensor_parallel_size}": parallel.expert_tensor_parallel_size > 1,
-        f"data {groups.dp.size()}{' (distributed optimizer)' if parallel.use_distributed_optimizer else ''}": True,
+    sizes = [
+        f"tensor {parallel.tensor_model_parallel_size}{' + sequence' if parallel.sequence_parallel else ''}",
+        f"pipeline {parallel.pipeline_model_parallel_size}",
+    ]
+    further = {
+        "virtual": parallel.virtual_pipeline_model_parallel_size,
+        "context": parallel.context_parallel_size,
+        "expert": parallel.expert_model_parallel_size,
+        "expert tensor": parallel.expert_tensor_parallel_size,
     }
-    shown = ", ".join(size for size, is_shown in sizes.items() if is_shown)
-    layout = f"{torch.distributed.get_world_size()} processes: {shown}"
+    sizes += [f"{name} {size}" for name, size in further.items() if size > 1]
+    sizes.append(f"data {groups.dp.size()}{' (distributed optimizer)' if parallel.use_distributed_optimizer else ''}")
+    layout = f"{torch.distributed.get_world_size()} processes: {', '.join(sizes)}"
     if config.training.freeze:
         layout += f"; frozen: {', '.join(config.training.freeze)}"
     problem = transformer_engine_problem()

@@ -82,16 +82,29 @@ def train_step(
     optimizer.zero_grad()
     losses = forward_backward(config, model, batches, pg_collection=pg_collection)
     norms = component_gradient_norms(model, optimizer, pg_collection=pg_collection) if with_component_norms else None
-    # The optimizer looks for neither: an infinite norm would turn clipped gradients into NaN, a NaN goes through.
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    updated = math.isfinite(losses.loss) and math.isfinite(grad_norm)
-    if updated:
-        if config.optimizer.clip_grad > 0:  # here and not in optimizer.step(), which would compute the norm again
-            clip_grads_with_norm_(optimizer.get_parameters(), config.optimizer.clip_grad, torch.tensor(grad_norm))
-        optimizer.step_with_ready_grads()
+    grad_norm, updated = update_weights(config, optimizer, unless=not math.isfinite(losses.loss))
     scheduler.step(increment=config.training.global_batch_size)
     return StepStatistics(losses=losses, grad_norm=grad_norm, component_grad_norms=norms, skipped=not updated)
+
+
+def update_weights(config: MM1Config, optimizer: MegatronOptimizer, *, unless: bool = False) -> tuple[float, bool]:
+    """The optimizer's step on clipped gradients, left out where their norm is not finite.
+
+    Args:
+        unless: leave it out in any case.
+
+    Returns:
+        The global gradient norm before clipping, and whether the weights were updated.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    # The optimizer does not look: an infinite norm would turn clipped gradients into NaN, a NaN goes through.
+    if unless or not math.isfinite(grad_norm):
+        return grad_norm, False
+    if config.optimizer.clip_grad > 0:  # here and not in optimizer.step(), which would compute the norm again
+        clip_grads_with_norm_(optimizer.get_parameters(), config.optimizer.clip_grad, torch.tensor(grad_norm))
+    optimizer.step_with_ready_grads()
+    return grad_norm, True
 
 
 def forward_backward(
