@@ -106,14 +106,13 @@ class MM1Model(MegatronModule):
         )
 
     def _freeze(self, components: Sequence[str]) -> None:
-        """Take components out of training; megatron-core leaves what needs no gradient out of its buffers."""
-        self.frozen = frozenset(components)
+        """Take components out of training: what needs no gradient is in no graph, no gradient buffer and no optimizer."""
         attributes = {"tower": "tower", "connector": "connector", "decoder": "language_model"}
         for parameter in self._parameters_of(*(attributes[component] for component in components)):
             parameter.requires_grad_(False)
         for module in self.language_model.modules():
             if isinstance(module, Router):
-                module.frozen_expert_bias = "decoder" in self.frozen
+                module.frozen_expert_bias = "decoder" in components
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied weight, which megatron-core keeps equal on the first and last stage."""
@@ -131,13 +130,10 @@ class MM1Model(MegatronModule):
         if self.vision_group is not None:
             start, stop = share_of(num_images, self.vision_group)
             pixels = pixels[start:stop]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and "tower" not in self.frozen):
-            features = self.tower(pixels)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not {"tower", "connector"} <= self.frozen):
-            tokens = self.connector(features, self.tower.grid(*pixels.shape[-2:]))
-            if self.vision_group is None:
-                return tokens
-            return gather_images(tokens, num_images, self.vision_group, context_group=self.pg_collection.cp)
+        tokens = self.connector(self.tower(pixels), self.tower.grid(*pixels.shape[-2:]))
+        if self.vision_group is None:
+            return tokens
+        return gather_images(tokens, num_images, self.vision_group, context_group=self.pg_collection.cp)
 
     def _parameters_of(self, *parts: str) -> list[torch.nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if name.split(".")[0] in parts]

@@ -131,14 +131,16 @@ def test_latest_naming_a_missing_checkpoint_is_an_error(tmp_path):
 def test_what_does_not_fit_a_checkpoint_is_listed_at_once(saved):
     metadata = checkpointing.read_metadata(saved)
     config = config_of("mm1-tiny", tensor_model_parallel_size=2)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=16))
+    training = dataclasses.replace(config.training, global_batch_size=16, freeze=("tower",))
+    config = dataclasses.replace(config, training=training)
     with pytest.raises(UserError) as error:
         resume.check_resumable(metadata, config, tokenizer_fingerprint="other")
-    assert str(error.value).count("\n  - ") == 3
+    assert str(error.value).count("\n  - ") == 4
     for fragment in (
         "wrong tokenizer",
         "tensor_model_parallel_size was 1 and is 2",
         "global_batch_size was 8 and is 16",
+        "training.freeze was () and is ('tower',)",
     ):
         assert fragment in str(error.value)
 
