@@ -106,7 +106,7 @@ class MM1Model(MegatronModule):
         )
 
     def _freeze(self, components: Sequence[str]) -> None:
-        """Take components out of training: what needs no gradient is in no graph, no gradient buffer and no optimizer."""
+        """Take components out of training: they are then in no graph, gradient buffer or optimizer."""
         attributes = {"tower": "tower", "connector": "connector", "decoder": "language_model"}
         for parameter in self._parameters_of(*(attributes[component] for component in components)):
             parameter.requires_grad_(False)
