@@ -4,22 +4,30 @@ A job is a module-level function; every worker runs it with the same arguments, 
 (NCCL on its own GPU, or gloo), and the pool returns what each rank returned.
 """
 
+import faulthandler
 import math
 import multiprocessing
 import os
+import signal
 import socket
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 GRACE_SECONDS = 5
 """How long the other ranks may take to answer after one has failed."""
+STACK_SECONDS = 2
+"""How long they then have to write down where they stand."""
+CLOSE_SECONDS = 10
+"""How long the workers have to end by themselves."""
 
 
 class WorkerError(Exception):
-    """A job failed; the message holds the traceback of each rank that raised."""
+    """A job failed; the message holds the traceback of each rank that raised, and where each other rank stood."""
 
 
 class Pool:
@@ -30,7 +38,7 @@ class Pool:
         timeout_minutes: how long a job may take, the start of the workers included, and a collective wait.
     """
 
-    def __init__(self, world_size: int, *, timeout_minutes: float = 4) -> None:
+    def __init__(self, world_size: int, *, timeout_minutes: float = 10) -> None:
         self.timeout_seconds = 60 * timeout_minutes
         context = multiprocessing.get_context("spawn")  # DALI and gloo do not survive a fork
         with socket.socket() as probe:
@@ -38,10 +46,13 @@ class Pool:
             port = probe.getsockname()[1]
         self.connections: list[Any] = []
         self.processes: list[Any] = []
+        self._stacks = tempfile.TemporaryDirectory(prefix="mm1-stacks-")
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             # Not daemons: writing a checkpoint starts a process. They end when the pipe to the parent closes.
-            process = context.Process(target=_work, args=(rank, world_size, port, theirs, timeout_minutes))
+            process = context.Process(
+                target=_work, args=(rank, world_size, port, theirs, timeout_minutes, self._stack_file(rank))
+            )
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -72,12 +83,24 @@ class Pool:
                     # Once one rank has failed the others wait for it in a collective.
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             if waiting and time.monotonic() >= deadline:
-                errors |= {rank: "no answer in time" for rank in waiting.values()}
+                errors |= self._where(list(waiting.values()))
                 break
         if errors:
             self.close()
             raise WorkerError("\n".join(f"rank {rank}: {error}" for rank, error in errors.items()))
         return [results[rank] for rank in range(len(self.connections))]
+
+    def _stack_file(self, rank: int) -> Path:
+        return Path(self._stacks.name) / str(rank)
+
+    def _where(self, ranks: Sequence[int]) -> dict[int, str]:
+        """What to say of ranks that do not answer: the Python stack that each stands in."""
+        started = [rank for rank in ranks if self._stack_file(rank).exists()]
+        for rank in started:
+            os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        time.sleep(STACK_SECONDS)
+        stacks = {rank: self._stack_file(rank).read_text() for rank in started}
+        return {rank: f"no answer in time\n{stacks.get(rank, 'it had not started')}" for rank in ranks}
 
     @property
     def alive(self) -> bool:
@@ -89,14 +112,17 @@ class Pool:
         """
         for connection in self.connections:
             connection.close()
+        deadline = time.monotonic() + CLOSE_SECONDS
         for process in self.processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.terminate()
-                process.join(timeout=10)
+            process.join(timeout=max(deadline - time.monotonic(), 0))
+        for process in self.processes:
+            process.terminate()
+            process.join(timeout=CLOSE_SECONDS)
+        self._stacks.cleanup()
 
 
-def _work(rank: int, world_size: int, port: int, connection: Any, timeout_minutes: float) -> None:
+def _work(rank: int, world_size: int, port: int, connection: Any, timeout_minutes: float, stack_file: Path) -> None:
+    faulthandler.register(signal.SIGUSR1, file=stack_file.open("w"), all_threads=False)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
