@@ -20,11 +20,11 @@ from pathlib import Path
 
 from goals import Goal, report
 
+from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.serialization import to_dict, to_yaml
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.report import ALL, Figures, read_figures
-from megatron_mm1.training.checkpointing import find_checkpoint, read_metadata
 
 CAPTIONS, QUESTIONS = "demo_captions", "demo_questions"
 RESULTS = "blind_baseline.json"

@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_mm1.bench.clock import DATA, Clock
 from megatron_mm1.bench.instruments import instrumented
 from megatron_mm1.bench.report import RankTimes, StepReport, write_report
+from megatron_mm1.checkpoint.format import find_checkpoint
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.loading import load_config
 from megatron_mm1.config.validation import validate
@@ -32,7 +33,7 @@ from megatron_mm1.parallel.groups import (
 from megatron_mm1.parity.batches import KINDS, synthetic_batches
 from megatron_mm1.planning.flops import step_flops
 from megatron_mm1.training.build import build_model, build_optimizer
-from megatron_mm1.training.checkpointing import find_checkpoint, load_weights
+from megatron_mm1.training.checkpointing import load_weights
 from megatron_mm1.training.figures import trainable_parameters
 from megatron_mm1.training.step import StepStatistics, train_step
 

@@ -240,7 +240,17 @@ class CheckpointConfig:
     from the newest of those.
     """
     finetune: bool = False
-    """Take only the weights of `load`: a new optimizer, schedule and data order, starting at step 0."""
+    """Take only the weights of `load`: a new optimizer, schedule and data order, starting at step 0. Parts of the model
+    that `load` lacks keep their initial weights.
+    """
+    async_save: bool = True
+    """Train on while a checkpoint is written, from a copy of the state in host memory."""
+    keep_last: int | None = None
+    """How many of the newest checkpoints stay; None: all."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps stay in spite of `keep_last`."""
+    max_save_failures: int = 2
+    """Checkpoints in a row that may fail to be written (a full disk); one more, or the last one, ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,9 @@ MINIMUM: dict[str, int] = {
     "optimizer.vision_lr": 0,
     "optimizer.connector_lr": 0,
     "checkpoint.save_interval": 0,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_every": 1,
+    "checkpoint.max_save_failures": 0,
     "logging.log_interval": 1,
 }
 """The smallest legal value of each key that counts or measures something; null is legal where the schema has it."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.contact_sheet import Panel, write_contact_sheet
@@ -17,7 +18,6 @@ from megatron_mm1.evaluation.report import Figures, MeasuredItem, samples, table
 from megatron_mm1.evaluation.task import Item, Outcome, Task, build_task
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.loading import AS_TRAINED, ParallelSizes, open_engine
-from megatron_mm1.training.checkpointing import find_checkpoint, read_metadata
 
 CONTACT_SHEET = "contact_sheet.png"
 _ITEMS_AT_A_TIME = 64

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.validation import validate
 from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.errors import UserError
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.parallel.device import layer_backend
 from megatron_mm1.parallel.groups import (
@@ -20,7 +22,7 @@ from megatron_mm1.parallel.groups import (
     launcher_ranks,
 )
 from megatron_mm1.training.build import build_module
-from megatron_mm1.training.checkpointing import find_checkpoint, load_weights, read_metadata
+from megatron_mm1.training.checkpointing import load_weights
 from megatron_mm1.training.resume import check_tokenizer
 
 
@@ -63,7 +65,8 @@ def open_engine(checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED) -> Itera
     try:
         groups = build_process_groups(config.parallel, seed=config.training.seed)
         model = build_module(config, backend=backend, pg_collection=groups)
-        load_weights(checkpoint, [model], pg_collection=groups)
+        if missing := load_weights(checkpoint, [model], pg_collection=groups):
+            raise UserError(f"{checkpoint} lacks the {' and the '.join(missing)}: train from it first")
         yield Engine(config, model, tokenizer, pg_collection=groups)
         torch.distributed.barrier()
         destroy_process_groups()

@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_mm1.checkpoint.format import CheckpointMetadata
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.data.batch import PackedBatch
@@ -17,7 +18,8 @@ from megatron_mm1.parallel.groups import build_process_groups, destroy_process_g
 from megatron_mm1.parity.batches import synthetic_batches
 from megatron_mm1.parity.shards import Shard, Squares, complete_gradients, shards, squared_errors, whole_tensors
 from megatron_mm1.training.build import Model, build_model, build_optimizer
-from megatron_mm1.training.checkpointing import CheckpointMetadata, load_weights, save_checkpoint
+from megatron_mm1.training.checkpointing import load_weights, training_state
+from megatron_mm1.training.saving import save_checkpoint
 from megatron_mm1.training.step import forward_backward, update_weights
 
 LEARNING_RATE = 10.0
@@ -124,7 +126,8 @@ def save_initial(config: MM1Config, folder: Path, *, backend: str) -> Path:
     metadata = CheckpointMetadata(
         iteration=0, consumed_sequences=0, config=to_dict(config), tokenizer_fingerprint="", plan_fingerprint=""
     )
-    path = save_checkpoint(folder, metadata, trial.model, trial.optimizer, trial.scheduler, pg_collection=trial.groups)
+    state = training_state(trial.model, trial.optimizer, trial.scheduler, pg_collection=trial.groups)
+    path = save_checkpoint(folder, metadata, state)
     trial.close()
     return path
 

@@ -6,17 +6,15 @@ that no layout changes. Nothing is gathered: each rank compares what it has with
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_mm1.training.build import Model, unwrap
-from megatron_mm1.training.checkpointing import NAMING
+from megatron_mm1.training.build import Model
+from megatron_mm1.training.sharding import built, sharded_parameters
 
 
 @dataclass(frozen=True)
@@ -44,20 +42,10 @@ def shards(
     model: Model, value_of: Callable[[torch.nn.Parameter], Tensor], *, pg_collection: ProcessGroupCollection
 ) -> Iterator[Shard]:
     """Shards of `value_of` each trained parameter of this rank (the parameter, its gradient), which has its shape."""
-    metadata = {**NAMING, "dp_cp_group": pg_collection.dp_cp}
-    for chunk in model:
-        module = unwrap(chunk)
-        described = module.sharded_state_dict(metadata=metadata)
-        for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            entry = described[name]
-            entry.data = value_of(parameter).detach().view_as(parameter)
-            parts = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
-            for part in parts:
-                assert isinstance(part, ShardedTensor) and part.data is not None
-                data = part.data[(None,) * part.prepend_axis_num]
-                yield Shard(part.key, tuple(part.global_offset), tuple(part.global_shape), data)
+    for _, parameter, entry in sharded_parameters(model, pg_collection=pg_collection):
+        for part in built(replace(entry, data=value_of(parameter).detach().view_as(parameter))):
+            data = part.data[(None,) * part.prepend_axis_num]
+            yield Shard(part.key, tuple(part.global_offset), tuple(part.global_shape), data)
 
 
 def whole_tensors(parts: Iterator[Shard]) -> dict[str, Tensor]:

@@ -6,27 +6,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_mm1.checkpoint.format import LATEST, CheckpointMetadata, find_checkpoint, read_metadata
 from megatron_mm1.config import MM1Config, OptimizerConfig
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
-from megatron_mm1.training.checkpointing import LATEST, CheckpointMetadata, find_checkpoint, read_metadata
-
-_LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "use_distributed_optimizer",
-)
-_BUFFERS = (
-    "overlap_grad_reduce",
-    "vision_parallel_mode",
-    "decoder_first_pipeline_num_layers",
-    "hybrid_layer_pattern",
-)
-"""Also decide how the distributed optimizer's buffers are cut."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ def check_resumable(
     metadata: CheckpointMetadata, config: MM1Config, *, tokenizer_fingerprint: str, weights_only: bool = False
 ) -> None:
     """Refuse a checkpoint of another model or tokenizer, and, unless its weights are all that is wanted, one of another
-    layout, batch, precision or schedule.
+    batch, precision or schedule. The layout may be another.
 
     Raises:
         UserError: listing everything that differs.
@@ -99,10 +82,6 @@ def check_resumable(
 
 def _differences(saved: MM1Config, config: MM1Config) -> Iterator[tuple[str, object, object]]:
     """What optimizer state, schedule and data order depend on: (key, before, now) of what differs."""
-    for name in (*_LAYOUT, *(_BUFFERS if saved.parallel.use_distributed_optimizer else ())):
-        before, now = getattr(saved.parallel, name), getattr(config.parallel, name)
-        if before != now:
-            yield f"parallel.{name}", before, now
     for name in ("global_batch_size", "precision", "freeze"):
         before, now = getattr(saved.training, name), getattr(config.training, name)
         if before != now:

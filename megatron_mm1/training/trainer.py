@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_mm1.checkpoint.format import CheckpointMetadata
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.serialization import to_dict, to_yaml
 from megatron_mm1.config.validation import validate
@@ -25,16 +26,12 @@ from megatron_mm1.parallel.groups import (
     launcher_ranks,
 )
 from megatron_mm1.training.build import build_model, build_optimizer, component_learning_rates
-from megatron_mm1.training.checkpointing import (
-    CheckpointMetadata,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from megatron_mm1.training.checkpointing import load_checkpoint, load_weights, training_state
 from megatron_mm1.training.figures import Window, introduction
 from megatron_mm1.training.logging import RunLogger, console_line
 from megatron_mm1.training.resume import Start, check_ranks_agree, starting_point
 from megatron_mm1.training.routing import routing_figures
+from megatron_mm1.training.saving import CheckpointSaver
 from megatron_mm1.training.step import StepStatistics, train_step
 from megatron_mm1.training.validation import validate_model
 
@@ -100,6 +97,7 @@ class Run:
 
         self.model = build_model(config, backend=backend, pg_collection=groups)
         self.optimizer, self.scheduler = build_optimizer(config, self.model, pg_collection=groups)
+        self.missing: tuple[str, ...] = ()
         if start is not None:
             self._load(start)
 
@@ -116,12 +114,23 @@ class Run:
             self.logger.say(line)
         if start is not None:
             self.logger.say(f" starting from {start.checkpoint}")
+            if self.missing:
+                self.logger.say(f" not in it, and so drawn anew: {', '.join(self.missing)}")
+        checkpoints = config.checkpoint
+        self.saver = CheckpointSaver(
+            Path(config.run_dir) / "checkpoints",
+            asynchronous=checkpoints.async_save,
+            keep_last=checkpoints.keep_last,
+            keep_every=checkpoints.keep_every,
+            max_failures=checkpoints.max_save_failures,
+            say=self.logger.say,
+        )
         if is_logger:
             (Path(config.run_dir) / "config.yaml").write_text(to_yaml(config))
 
     def _load(self, start: Start) -> None:
         if start.weights_only:
-            load_weights(start.checkpoint, self.model, pg_collection=self.groups)
+            self.missing = load_weights(start.checkpoint, self.model, pg_collection=self.groups)
             self.optimizer.reload_model_params()
             return
         if start.metadata.plan_fingerprint != self.plan_fingerprint:
@@ -129,7 +138,9 @@ class Run:
                 f"{start.checkpoint} was trained on another data plan (sources, weights, packing or data.seed differ): "
                 "restore data.* as in its config.yaml, or start anew from its weights with --checkpoint.finetune true"
             )
-        load_checkpoint(start.checkpoint, self.model, self.optimizer, self.scheduler, pg_collection=self.groups)
+        load_checkpoint(
+            start.checkpoint, self.config, self.model, self.optimizer, self.scheduler, pg_collection=self.groups
+        )
         self.iteration, self.consumed = start.metadata.iteration, start.metadata.consumed_sequences
 
     def train(self) -> None:
@@ -142,6 +153,7 @@ class Run:
             rates = component_learning_rates(self.config, self.optimizer)  # of this step; the scheduler then moves on
             is_logged = self._is_due(self.config.logging.log_interval)
             statistics = self.step(window, with_component_norms=is_logged)
+            self.saver.poll()
             self.logger.progress(loss=statistics.losses.loss, **{"tokens/s": window.tokens_per_second})
             if is_logged:
                 figures = window.figures(self.iteration, self.consumed, statistics, rates)
@@ -152,9 +164,12 @@ class Run:
             if training.eval_interval and (self.iteration % training.eval_interval == 0 or self.iteration == last):
                 self.validate()
             save_interval = self.config.checkpoint.save_interval
+            if self.iteration == last:
+                self.saver.max_failures = 0  # nothing comes after it
             if self.iteration == last or (save_interval and self.iteration % save_interval == 0):
                 self.save()
         self.pulse.enter("end", step=self.iteration)
+        self.saver.wait()
         self.logger.close()
 
     def _is_due(self, interval: int) -> bool:
@@ -200,13 +215,6 @@ class Run:
             config=to_dict(self.config),
             tokenizer_fingerprint=self.tokenizer.fingerprint,
             plan_fingerprint=self.plan_fingerprint,
+            world_size=torch.distributed.get_world_size(),
         )
-        path = save_checkpoint(
-            Path(self.config.run_dir) / "checkpoints",
-            metadata,
-            self.model,
-            self.optimizer,
-            self.scheduler,
-            pg_collection=self.groups,
-        )
-        self.logger.say(f" saved {path}")
+        self.saver.save(metadata, training_state(self.model, self.optimizer, self.scheduler, pg_collection=self.groups))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_mm1.checkpoint.format import CheckpointMetadata
 from megatron_mm1.config import MM1Config, ParallelConfig
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.data.batch import PackedBatch
@@ -16,13 +17,9 @@ from megatron_mm1.parallel.groups import build_process_groups, destroy_process_g
 from megatron_mm1.parity.batches import synthetic_batches
 from megatron_mm1.training import trainer
 from megatron_mm1.training.build import build_model, build_module, build_optimizer, named_parameters
-from megatron_mm1.training.checkpointing import (
-    CheckpointMetadata,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from megatron_mm1.training.checkpointing import load_checkpoint, load_weights, training_state
 from megatron_mm1.training.resume import check_ranks_agree, starting_point
+from megatron_mm1.training.saving import save_checkpoint
 from megatron_mm1.training.step import evaluate_batches, train_step
 
 
@@ -88,8 +85,15 @@ class Run:
             config=to_dict(self.config),
             tokenizer_fingerprint=Tokenizer(self.config.data.tokenizer).fingerprint,
             plan_fingerprint="test",
+            world_size=torch.distributed.get_world_size(),
         )
-        return save_checkpoint(folder, metadata, self.model, self.optimizer, self.scheduler, pg_collection=self.groups)
+        return save_checkpoint(folder, metadata, self.state())
+
+    def state(self) -> dict[str, Any]:
+        return training_state(self.model, self.optimizer, self.scheduler, pg_collection=self.groups)
+
+    def load(self, checkpoint: Path) -> None:
+        load_checkpoint(checkpoint, self.config, self.model, self.optimizer, self.scheduler, pg_collection=self.groups)
 
     def close(self) -> None:
         destroy_process_groups()
@@ -128,7 +132,7 @@ def train_save_continue(config: MM1Config, folder: Path) -> list[float]:
 def resume(config: MM1Config, checkpoint: Path) -> list[float]:
     """The losses of steps 3 to 5 from a checkpoint after step 2, loaded over other weights so that gaps show."""
     run = Run(dataclasses.replace(config, training=dataclasses.replace(config.training, seed=99)))
-    load_checkpoint(checkpoint, run.model, run.optimizer, run.scheduler, pg_collection=run.groups)
+    run.load(checkpoint)
     batches = run.corpus_batches(consumed_sequences=2 * config.training.global_batch_size)
     losses = [run.step(next(batches))["loss"] for _ in range(3)]
     run.close()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_mm1.checkpoint.format import CheckpointMetadata
 from megatron_mm1.config import MM1Config, OptimizerConfig
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.data.assemble import Assembler, Row
@@ -31,7 +32,8 @@ from megatron_mm1.parity.shards import (
     whole_tensors,
 )
 from megatron_mm1.training.build import unwrap
-from megatron_mm1.training.checkpointing import CheckpointMetadata, save_checkpoint
+from megatron_mm1.training.checkpointing import training_state
+from megatron_mm1.training.saving import save_checkpoint
 from megatron_mm1.training.step import forward_backward
 from tests.llava import IMAGE_ID, IMAGE_SIZE, PER_IMAGE, llava_model, load_llava, mm1_config
 from tests.parallel.jobs import Run, with_parallel
@@ -220,7 +222,8 @@ def save_reference(config: MM1Config, states: Path, folder: Path) -> Path:
     metadata = CheckpointMetadata(
         iteration=0, consumed_sequences=0, config=to_dict(config), tokenizer_fingerprint="", plan_fingerprint=""
     )
-    checkpoint = save_checkpoint(folder, metadata, run.model, run.optimizer, run.scheduler, pg_collection=run.groups)
+    state = training_state(run.model, run.optimizer, run.scheduler, pg_collection=run.groups)
+    checkpoint = save_checkpoint(folder, metadata, state)
     run.close()
     return checkpoint
 

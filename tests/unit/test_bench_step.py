@@ -14,11 +14,13 @@ from megatron_mm1.bench.clock import COLLECTIVES, DATA, DECODER, OPTIMIZER, PART
 from megatron_mm1.bench.instruments import instrumented
 from megatron_mm1.bench.report import FILE, RankTimes, StepReport
 from megatron_mm1.bench.step import StepBench, repeated_batches
+from megatron_mm1.checkpoint.format import CheckpointMetadata
 from megatron_mm1.cli import main
 from megatron_mm1.config.loading import load_config, to_dict
 from megatron_mm1.training import step as training_step
 from megatron_mm1.training.build import named_parameters, unwrap
-from megatron_mm1.training.checkpointing import CheckpointMetadata, save_checkpoint
+from megatron_mm1.training.checkpointing import training_state
+from megatron_mm1.training.saving import save_checkpoint
 from tests.parallel.slowed import SMALL, Delay
 
 ONE_PROCESS = ["--preset", "mm1-tiny", "--tensor_model_parallel_size", "1", "--vision_parallel_mode", "tensor", *SMALL]
@@ -179,7 +181,9 @@ def test_weights_can_be_those_of_a_checkpoint(bench, tmp_path):
         iteration=1, consumed_sequences=2, config=to_dict(trained.config), tokenizer_fingerprint="", plan_fingerprint=""
     )
     save_checkpoint(
-        tmp_path, metadata, trained.model, trained.optimizer, trained.scheduler, pg_collection=trained.groups
+        tmp_path,
+        metadata,
+        training_state(trained.model, trained.optimizer, trained.scheduler, pg_collection=trained.groups),
     )
     loaded = bench("mixed", "--checkpoint.load", str(tmp_path))
     weights = dict(named_parameters(trained.model))

@@ -1,18 +1,16 @@
 """The comparison with a blind model: what counts as better, and which runs may be compared."""
 
 import dataclasses
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from megatron_mm1.checkpoint.format import CheckpointMetadata, begin, commit
 from megatron_mm1.config.presets import preset
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.bootstrap import Interval
-from megatron_mm1.training.checkpointing import CheckpointMetadata
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import blind_baseline
@@ -74,8 +72,6 @@ def test_overlapping_intervals_fall_short(sighted, short):
 
 
 def save(run: Path, config, *, iteration: int) -> None:
-    step = run / "checkpoints" / f"step-{iteration:08d}"
-    step.mkdir(parents=True)
     metadata = CheckpointMetadata(
         iteration=iteration,
         consumed_sequences=0,
@@ -83,8 +79,7 @@ def save(run: Path, config, *, iteration: int) -> None:
         tokenizer_fingerprint="t",
         plan_fingerprint="p",
     )
-    (step / "mm1.json").write_text(json.dumps(asdict(metadata)))
-    (run / "checkpoints" / "latest").write_text(step.name)
+    commit(begin(run / "checkpoints", iteration), metadata, {})
 
 
 @pytest.fixture
