@@ -258,6 +258,8 @@ class LoggingConfig:
     log_interval: int = 10
     """Steps between console lines."""
     tensorboard: bool = True
+    wandb_project: str | None = None
+    """Project in Weights & Biases to log to as well, under one run however often training stops and goes on."""
     progress_bar: bool | None = None
     """None: where standard error is a terminal."""
 

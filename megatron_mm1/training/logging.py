@@ -13,21 +13,32 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.serialization import to_dict
+from megatron_mm1.errors import UserError
 
 
 class RunLogger:
     """Writes to `<run_dir>/log.jsonl`, `<run_dir>/tensorboard` and the terminal.
 
     Args:
-        config: run_dir and logging are read.
+        config: run_dir and logging are read; all of it is shown in Weights & Biases.
         iteration: steps already taken, where a resumed run's progress bar starts.
         enabled: False makes every method do nothing (ranks other than 0).
+        wandb_run_id: the run in Weights & Biases to go on with.
+
+    Attributes:
+        wandb_run_id: the run that is logged to; None without a project, and on other ranks.
+
+    Raises:
+        UserError: a project is set and Weights & Biases is not installed, or does not let the run begin.
     """
 
-    def __init__(self, config: MM1Config, *, iteration: int, enabled: bool) -> None:
+    def __init__(self, config: MM1Config, *, iteration: int, enabled: bool, wandb_run_id: str | None = None) -> None:
         self.enabled = enabled
         self._bar: tqdm | None = None
         self._tensorboard: Any = None
+        self._wandb: Any = None
+        self.wandb_run_id: str | None = None
         if not enabled:
             return
         run_dir = Path(config.run_dir)
@@ -37,6 +48,9 @@ class RunLogger:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=iteration or None)
+        if config.logging.wandb_project is not None:
+            self._wandb = _wandb_run(config, wandb_run_id)
+            self.wandb_run_id = self._wandb.id
         wanted = config.logging.progress_bar
         if sys.stderr.isatty() if wanted is None else wanted:
             self._bar = tqdm(
@@ -70,6 +84,9 @@ class RunLogger:
             for name, value in finite.items():
                 if isinstance(value, int | float):
                     self._tensorboard.add_scalar(f"{kind}/{name}", value, iteration)
+        if self._wandb is not None:
+            points = {f"{kind}/{name}": value for name, value in finite.items() if isinstance(value, int | float)}
+            self._wandb.log({**points, "iteration": iteration})
 
     def close(self) -> None:
         if self.enabled:
@@ -78,6 +95,33 @@ class RunLogger:
                 self._bar.close()
             if self._tensorboard is not None:
                 self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _wandb_run(config: MM1Config, run_id: str | None) -> Any:
+    """A new run in Weights & Biases, or the one with this id, whose figures are drawn over the iteration."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "logging.wandb_project needs Weights & Biases: pip install wandb, or leave the project out"
+        ) from error
+    try:
+        run = wandb.init(
+            project=config.logging.wandb_project,
+            name=config.name,
+            id=run_id,
+            resume="allow",
+            dir=config.run_dir,
+            config=to_dict(config),
+        )
+    except wandb.errors.Error as error:
+        raise UserError(f"Weights & Biases: {error}: log in (wandb login), or set WANDB_MODE=offline") from error
+    # A resumed run repeats steps that it had logged; theirs are told apart by the iteration, not by wandb's own count.
+    run.define_metric("iteration")
+    run.define_metric("*", step_metric="iteration")
+    return run
 
 
 def _is_finite(value: Any) -> bool:

@@ -109,7 +109,8 @@ class Run:
         )
         self.dealer = Dealer.of(config, self.plan, dp_size=groups.dp.size())
         is_logger = torch.distributed.get_rank() == 0
-        self.logger = RunLogger(config, iteration=self.iteration, enabled=is_logger)
+        wandb_run_id = None if start is None or start.weights_only else start.metadata.wandb_run_id
+        self.logger = RunLogger(config, iteration=self.iteration, enabled=is_logger, wandb_run_id=wandb_run_id)
         for line in introduction(config, self.model, backend=backend, groups=groups):
             self.logger.say(line)
         if start is not None:
@@ -215,6 +216,7 @@ class Run:
             config=to_dict(self.config),
             tokenizer_fingerprint=self.tokenizer.fingerprint,
             plan_fingerprint=self.plan_fingerprint,
+            wandb_run_id=self.logger.wandb_run_id,
             world_size=torch.distributed.get_world_size(),
         )
         self.saver.save(metadata, training_state(self.model, self.optimizer, self.scheduler, pg_collection=self.groups))

@@ -1,6 +1,7 @@
 """What the workers of a parallel test run; every function is called on each rank of a pool."""
 
 import dataclasses
+import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,7 @@ def evaluate_between_steps(config: MM1Config) -> tuple[list[float], list[float]]
         losses.append(figures)
         run.close()
     return losses[0], losses[1]
+
+
+def set_environment(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
