@@ -81,7 +81,7 @@ def test_a_folder_without_its_manifest_is_no_checkpoint(tmp_path):
     (checkpoint / "manifest.json").unlink()
     with pytest.raises(UserError, match="missing or incomplete"):
         find_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="manifest.json, which is written last, is missing"):
+    with pytest.raises(UserError, match=r"manifest\.json, which is written last, is missing"):
         find_checkpoint(checkpoint)
 
 
