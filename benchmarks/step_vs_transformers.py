@@ -26,7 +26,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import megatron_mm1.parallel  # noqa: F401  # before megatron-core is imported
-from megatron_mm1.checkpoint.llava import import_llava_state
+from megatron_mm1.checkpoint.families import import_tensors
+from megatron_mm1.checkpoint.local_state import local_state_dict
+from megatron_mm1.checkpoint.tensors import StateDict, collect
 from megatron_mm1.config import ConnectorConfig, MM1Config, VisionConfig
 from megatron_mm1.config.presets import preset
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
@@ -118,7 +120,7 @@ class Ours:
         self.config = config
         self.groups = build_process_groups(config.parallel, seed=config.training.seed)
         self.model = build_model(config, backend="local", pg_collection=self.groups)
-        state = import_llava_state(llava_state, config=config.model)
+        state = local_state_dict(collect(import_tensors("llava", config.model, StateDict(llava_state))))
         missing, unexpected = unwrap(self.model[0]).load_state_dict(state, strict=False)
         if unexpected or any(not name.endswith("_extra_state") for name in missing):
             raise ValueError(f"the two models differ: missing {missing}, unexpected {unexpected}")

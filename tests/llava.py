@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_mm1.checkpoint.llava import import_llava_state
+from megatron_mm1.checkpoint.families import import_tensors
+from megatron_mm1.checkpoint.local_state import local_state_dict
+from megatron_mm1.checkpoint.tensors import StateDict, collect
 from megatron_mm1.config import (
     ConnectorConfig,
     DecoderConfig,
@@ -91,6 +93,7 @@ def mm1_config(*, vocab_size: int) -> MM1Config:
 
 def load_llava(model: MM1Model, state: dict[str, torch.Tensor], config: MM1Config) -> None:
     """Put LLaVA's tensors, by LLaVA's names, in the place of the weights of a model that is whole in this process."""
-    missing, unexpected = model.load_state_dict(import_llava_state(state, config=config.model), strict=False)
+    tensors = collect(import_tensors("llava", config.model, StateDict(state)))
+    missing, unexpected = model.load_state_dict(local_state_dict(tensors), strict=False)
     assert not unexpected
     assert not [name for name in missing if not name.endswith("_extra_state")]

@@ -86,6 +86,11 @@ def _problems(model: ModelConfig, moe: MoEConfig) -> Iterator[str]:
             "moe_router_topk 1 weighs a token's only expert by a score below 1, and the model would not compute what "
             "the dense one does: use 2 or more, whose weights add up to 1"
         )
+    if moe.moe_router_pre_softmax:
+        yield (
+            "moe_router_pre_softmax weighs a token's experts by less than 1 in all, and the model would not compute "
+            "what the dense one does: leave it off"
+        )
     ffn, width = model.decoder.ffn_hidden_size, moe.moe_ffn_hidden_size
     if width is None or width < 1:
         return

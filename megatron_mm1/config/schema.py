@@ -72,6 +72,8 @@ class DecoderConfig:
     vocab_size: int = 32000
     """The tokenizer's size at most; padded for tensor parallelism [C]."""
     rotary_base: float = 10000.0
+    rope_scaling_factor: float | None = None
+    """Stretch slow rotations by this factor as Llama 3.1 does (made for 8192 positions); None: none are."""
     layernorm_epsilon: float = 1e-5
     qk_layernorm: bool = False
     add_qkv_bias: bool = False
@@ -90,6 +92,8 @@ class MoEConfig:
     """An expert's width; None: the decoder's ffn_hidden_size."""
     moe_router_topk: int = 2
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_pre_softmax: bool = False
+    """Weigh the chosen experts by the softmax over all experts; without it they sum to 1 (norm_topk_prob)."""
     moe_aux_loss_coeff: float = 0.01
     moe_z_loss_coeff: float = 0.001
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"

@@ -100,6 +100,8 @@ def _decoder_shape(config: MM1Config, world_size: int) -> Iterator[str]:
         )
     elif head_dim(decoder) % 2:
         yield f"the decoder's head dim {head_dim(decoder)} is odd, and rotary embedding turns pairs: use an even one"
+    if decoder.rope_scaling_factor is not None and not decoder.rope_scaling_factor >= 1:
+        yield f"decoder.rope_scaling_factor {decoder.rope_scaling_factor} is too small: use 1 or more, or null"
     if heads % groups:
         yield f"num_attention_heads {heads} is not divisible by num_query_groups {groups}: use {divisors(heads)}"
 
@@ -152,6 +154,16 @@ def _router(config: MM1Config, world_size: int) -> Iterator[str]:
     for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"):
         if getattr(moe, name) < 0:
             yield f"{name} {getattr(moe, name)} is negative: use 0 or more"
+    if moe.moe_router_pre_softmax and moe.moe_router_score_function != "softmax":
+        yield (
+            f"moe_router_pre_softmax is about softmax scores, and moe_router_score_function is "
+            f"{moe.moe_router_score_function}: turn it off, or use softmax"
+        )
+    if moe.moe_router_topk == 1 and moe.moe_router_score_function == "softmax" and not moe.moe_router_pre_softmax:
+        yield (
+            "moe_router_topk 1 without moe_router_pre_softmax gives every expert the weight 1 and the router no "
+            "gradient: set moe_router_pre_softmax true, or moe_router_topk 2"
+        )
     capacity = moe.moe_expert_capacity_factor
     if capacity is not None and not 0 < capacity < math.inf:
         yield f"moe_expert_capacity_factor {capacity} is no multiple of a share: use more than 0, or null"

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -31,6 +32,7 @@ def decoder_transformer_config(config: MM1Config, *, backend: str) -> Transforme
             moe_ffn_hidden_size=moe.moe_ffn_hidden_size or decoder.ffn_hidden_size,
             moe_router_topk=moe.moe_router_topk,
             moe_router_score_function=moe.moe_router_score_function,
+            moe_router_pre_softmax=moe.moe_router_pre_softmax,
             moe_router_load_balancing_type="aux_loss",
             moe_aux_loss_coeff=moe.moe_aux_loss_coeff,
             moe_z_loss_coeff=moe.moe_z_loss_coeff,
@@ -125,7 +127,7 @@ def build_decoder(
     The embedding returns whole sequences also under sequence parallelism: images are injected before the scatter.
     """
     decoder = config.model.decoder
-    return HybridModel(
+    model = HybridModel(
         transformer_config,
         decoder_stack_spec(
             backend, qk_layernorm=decoder.qk_layernorm, context_parallel=config.parallel.context_parallel_size > 1
@@ -142,3 +144,14 @@ def build_decoder(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    if decoder.rope_scaling_factor is not None:  # HybridModel does not hand it on
+        model.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=transformer_config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=decoder.rotary_base,
+            rope_scaling=True,
+            rope_scaling_factor=decoder.rope_scaling_factor,
+            use_cpu_initialization=transformer_config.use_cpu_initialization,
+            cp_group=pg_collection.cp,
+        )
+    return model

@@ -66,7 +66,11 @@ class Router(TopKRouter):
         if with_losses:
             logits = self._with_z_loss(logits, routed)
         weights, chosen = topk_routing_with_score_function(
-            logits, self.topk, score_function=self.score_function, expert_bias=self.expert_bias
+            logits,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
         )
         chosen, weights = chosen & routed, weights * routed
         kept = chosen & self._within_capacity(weights, chosen) if self.training else chosen

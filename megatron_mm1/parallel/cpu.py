@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch.utils._device import _device_constructors
 
 from megatron_mm1.parallel.cpu_kernels import add_weight_gradient, rotate
 
@@ -105,6 +106,9 @@ def _install_rng() -> None:
 
 
 def _install_factories() -> None:
+    # `with torch.device(..)` knows factories by identity and lists them once: let that be the originals, which are what
+    # reaches it. Otherwise transformers' from_pretrained, which builds on the meta device, leaves buffers unset.
+    _device_constructors()
     for name in ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor_to = torch.Tensor.to

@@ -57,6 +57,7 @@ BROKEN = [
     ),
     ("mm1-7b", 8, f"{HEADS} 33", "decoder.hidden_size 4096 is not divisible by num_attention_heads 33"),
     ("mm1-7b", 8, "--kv_channels 127", "the decoder's head dim 127 is odd"),
+    ("mm1-7b", 8, "--rope_scaling_factor 0.5", "decoder.rope_scaling_factor 0.5 is too small: use 1 or more, or null"),
     (
         "mm1-7b",
         8,
@@ -241,6 +242,13 @@ BROKEN = [
         "an expert's width 352 is not divisible by expert_tensor_parallel_size 3",
     ),
     ("mm1-tiny-moe", 2, "--moe_expert_capacity_factor 0", "moe_expert_capacity_factor 0.0 is no multiple of a share"),
+    ("mm1-tiny-moe", 2, "--moe_router_topk 1", "moe_router_topk 1 without moe_router_pre_softmax gives every expert"),
+    (
+        "mm1-tiny-moe",
+        2,
+        "--moe_router_pre_softmax true --moe_router_score_function sigmoid",
+        "moe_router_pre_softmax is about softmax scores, and moe_router_score_function is sigmoid: turn it off",
+    ),
     ("mm1-tiny-moe", 2, "--moe_router_enable_expert_bias", "moe_router_enable_expert_bias needs moe_router_score_func"),
     ("mm1-tiny", 2, "--freeze [tower,connector,decoder]", "training.freeze names every part, which leaves nothing"),
     (

@@ -43,6 +43,26 @@ def test_padding_goes_nowhere_and_the_rest_to_its_best_experts(groups):
     assert not weights[KINDS == PADDING].any()
 
 
+def test_pre_softmax_weighs_experts_by_their_share_of_all(groups):
+    weights, goes = route(make_router(groups, moe_router_pre_softmax="true"))
+    assert torch.equal(goes, route(make_router(groups))[1])  # the same experts
+    shares = logits().squeeze(1).softmax(dim=-1)
+    torch.testing.assert_close(weights, shares * goes, rtol=1e-6, atol=0)
+
+
+def test_pre_softmax_leaves_the_balance_loss_as_it_is(groups):
+    """It is computed of the softmax over all experts either way: without a loss of the weights, gradients are equal."""
+
+    def gradient(**settings) -> torch.Tensor:
+        router, x = make_router(groups, **settings), logits().requires_grad_()
+        weights, _ = router.routing(x, (KINDS == PADDING)[:, None])
+        (0 * weights).sum().backward()
+        assert x.grad.abs().sum() > 0
+        return x.grad
+
+    torch.testing.assert_close(gradient(moe_router_pre_softmax="true"), gradient(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("factor", [0.3, 0.6, 1.0, 1.5])
 def test_an_expert_takes_the_most_probable_tokens_up_to_its_capacity(groups, factor):
     weights, goes = route(make_router(groups))

@@ -91,7 +91,8 @@ def test_an_expert_is_read_at_a_time(state):
 
 
 REFUSED = {
-    "top 1": (dict(moe_router_topk=1), ["moe_router_topk 1 weighs"]),
+    "top 1": (dict(moe_router_topk=1), ["moe_router_topk 1 weighs", "moe_router_topk 1 without"]),
+    "weights below 1": (dict(moe_router_pre_softmax=True), ["moe_router_pre_softmax weighs"]),
     "width": (dict(moe_ffn_hidden_size=20), ["20 does not divide the dense model's ffn_hidden_size 48"]),
     "wider": (dict(moe_ffn_hidden_size=96), ["96 does not divide"]),
     "slices": (
@@ -140,6 +141,7 @@ def test_every_setting_of_experts_is_known_to_keep_the_first_loss_or_be_refused(
         "moe_ffn_hidden_size",
         "moe_router_topk",
         "moe_router_score_function",
+        "moe_router_pre_softmax",
         "moe_aux_loss_coeff",
         "moe_z_loss_coeff",
         "moe_token_dispatcher_type",

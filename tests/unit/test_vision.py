@@ -13,8 +13,10 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from megatron_mm1.checkpoint.vision_mappings import import_tower_state
-from megatron_mm1.config.schema import ParallelConfig, VisionConfig
+from megatron_mm1.checkpoint.families import import_tensors
+from megatron_mm1.checkpoint.local_state import local_state_dict
+from megatron_mm1.checkpoint.tensors import StateDict, collect
+from megatron_mm1.config.schema import DecoderConfig, ModelConfig, ParallelConfig, VisionConfig
 from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.model.positions import interpolate_positions
 from megatron_mm1.model.vision import VisionTower, build_tower, vision_layer_spec, vision_transformer_config
@@ -66,11 +68,17 @@ def build(
     return tower
 
 
+def imported(state: dict[str, Tensor], family: str, config: VisionConfig) -> dict[str, Tensor]:
+    """A pretrained tower's tensors by the names they have in our checkpoints."""
+    decoder = DecoderConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
+    return collect(import_tensors(family, ModelConfig(decoder=decoder, vision=config), StateDict(state)))
+
+
 def load(
     config: VisionConfig, groups: "ProcessGroupCollection", reference: torch.nn.Module, family: Any
 ) -> VisionTower:
     tower = build(config, groups)
-    tower.load_state_dict(import_tower_state(reference.state_dict(), family=family, config=config))
+    tower.load_state_dict(local_state_dict(imported(reference.state_dict(), family, config), prefix="tower."))
     return tower
 
 
@@ -184,12 +192,11 @@ def test_bfloat16_stays_close_to_float32(groups: "ProcessGroupCollection") -> No
 
 
 def test_distributed_checkpoints_name_tensors_as_transformer_engine_does(groups: "ProcessGroupCollection") -> None:
-    reference = transformers_clip().state_dict()
-    fused = import_tower_state(reference, family="clip", config=CLIP, layer_backend="transformer_engine")
-    assert "encoder.layers.2.self_attention.linear_qkv.layer_norm_weight" in fused
-    sharded = build(CLIP, groups).sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    names = imported(transformers_clip().state_dict(), "clip", CLIP).keys()
+    assert "tower.encoder.layers.2.self_attention.linear_qkv.layer_norm_weight" in names
+    sharded = build(CLIP, groups).sharded_state_dict("tower.", metadata={"non_homogeneous_layers": True})
     keys = {tensor.key for tensor in sharded.values()}
-    assert {key for key in keys if not key.endswith("_extra_state")} == fused.keys()
+    assert {key for key in keys if not key.endswith("_extra_state")} == names
 
 
 @pytest.mark.gpu
@@ -198,9 +205,10 @@ def test_distributed_checkpoints_name_tensors_as_transformer_engine_does(groups:
 )
 def test_transformer_engine_equals_local(groups: "ProcessGroupCollection") -> None:
     reference = transformers_clip()
+    tensors = imported(reference.state_dict(), "clip", CLIP)
     state = {
-        backend: import_tower_state(reference.state_dict(), family="clip", config=CLIP, layer_backend=backend)
-        for backend in ("local", "transformer_engine")
+        "local": local_state_dict(tensors, prefix="tower."),
+        "transformer_engine": {name.removeprefix("tower."): tensor for name, tensor in tensors.items()},
     }
     features = {}
     for backend, weights in state.items():
@@ -241,26 +249,3 @@ def test_feature_layer_must_be_a_block(layer: int) -> None:
 def test_image_size_must_divide_into_patches(groups: "ProcessGroupCollection") -> None:
     with pytest.raises(UserError, match="30 x 28 px does not divide into patches of 7 px"):
         build(CLIP, groups)(images(1, 30, 28))
-
-
-@pytest.mark.parametrize(
-    ("change", "prefix", "message"),
-    [
-        ({"num_layers": 4}, "", r"lack 16 tensors \(encoder.layers.3.layer_norm1.weight,"),
-        ({"num_layers": 2}, "", r"have no place for 16 tensors \(encoder.layers.2."),
-        ({"class_token": False}, "", r"have no place for 1 tensors \(embeddings.class_embedding\)"),
-        ({}, "vision_model.", r"lack 55 tensors \(vision_model.embeddings.class_embedding,"),
-    ],
-)
-def test_weights_of_another_shape_are_refused(change: dict[str, Any], prefix: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        import_tower_state(
-            transformers_clip().state_dict(), family="clip", config=replace(CLIP, **change), prefix=prefix
-        )
-
-
-def test_a_prefix_selects_the_tower_in_a_larger_model() -> None:
-    state = transformers_clip().state_dict()
-    larger = {"text_model.embeddings.weight": torch.zeros(1)} | {f"vision_model.{name}": t for name, t in state.items()}
-    ours = import_tower_state(larger, family="clip", config=CLIP, prefix="vision_model.")
-    assert ours.keys() == import_tower_state(state, family="clip", config=CLIP).keys()
