@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +22,7 @@ from megatron_mm1.checkpoint.format import (
     read_metadata,
     verify_files,
 )
+from megatron_mm1.checkpoint.safe_pickle import check_checkpoint, object_names
 from megatron_mm1.config import MM1Config
 from megatron_mm1.errors import UserError
 from megatron_mm1.training import format_1
@@ -135,11 +136,35 @@ def _by_name(parts: list[ShardedTensor]) -> dict[str, ShardedTensor]:
 
 def _read(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     _verify_together(checkpoint)
+    objects = _checked_objects(checkpoint)
+    for stage in sharded_state["model"].values():  # left out by conversions and by layers that have none
+        for name in [name for name, entry in stage.items() if isinstance(entry, ShardedObject)]:
+            if stage[name].unique_key not in objects:
+                del stage[name]
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(sharded_state, str(checkpoint))
         return loaded
     except (Exception, CheckpointException) as error:  # which one depends on what is wrong; torch's is no Exception
         raise UserError(f"cannot load checkpoint {checkpoint}: {_first_line(error)}") from error
+
+
+def _checked_objects(checkpoint: Path) -> set[str]:
+    """The names of a checkpoint's objects, read on rank 0 in a way that cannot run what somebody put into them.
+
+    Raises:
+        UserError: an object holds more than tensors and plain values, on every rank.
+    """
+    outcome: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome = [object_names(check_checkpoint(checkpoint)), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    names, refusal = outcome
+    if refusal:
+        raise UserError(refusal)
+    return set(names)
 
 
 def _verify_together(checkpoint: Path) -> None:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 
 import pytest
 
-from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
+from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata, record_of
 from megatron_mm1.config.presets import preset
 from megatron_mm1.errors import UserError
 from megatron_mm1.training import checkpointing, resume
@@ -97,6 +98,31 @@ def test_a_damaged_checkpoint_is_refused_by_name(damaged, groups, damage):
     model = build_module(config_of("mm1-tiny"), backend="local", pg_collection=groups)
     with pytest.raises(UserError, match=f"cannot load checkpoint .*{damaged.name}"):
         checkpointing.load_weights(damaged, [model], pg_collection=groups)
+
+
+class Attack:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_in_a_checkpoint_is_not_run(damaged, groups, tmp_path):
+    """Though the manifest vouches for it, as that of somebody else's checkpoint may."""
+    from megatron_mm1.training.build import build_module
+
+    (damaged / ".metadata").write_bytes(pickle.dumps(Attack(tmp_path / "ran")))
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    record = record_of(damaged / ".metadata")
+    manifest["files"][".metadata"] = {"bytes": record.size, "sha256": record.sha256}
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    model = build_module(config_of("mm1-tiny"), backend="local", pg_collection=groups)
+    with pytest.raises(UserError, match="refusing to read"):
+        checkpointing.load_weights(damaged, [model], pg_collection=groups)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_damaged_metadata_is_refused_by_name(damaged):
