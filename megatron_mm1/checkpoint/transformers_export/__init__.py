@@ -1,0 +1,133 @@
+"""A whole MM1 as a folder that transformers loads with trust_remote_code, and such a folder as an MM1."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_mm1.checkpoint.rules import export_plan, import_plan
+from megatron_mm1.checkpoint.tensors import Plan, TensorSource
+from megatron_mm1.checkpoint.transformers_export.configuration import (
+    CODE_FILES,
+    MODEL_TYPE,
+    check_exportable,
+    from_transformers,
+    to_transformers,
+)
+from megatron_mm1.checkpoint.transformers_export.correspondence import EMBEDDING, mm1_correspondence
+from megatron_mm1.checkpoint.transformers_export.tokenizer import tokenizer_files
+from megatron_mm1.config import MM1Config, ModelConfig
+from megatron_mm1.config.derived import padded_vocab_size
+from megatron_mm1.data.tokenizer import IMAGE_SYMBOL, Tokenizer
+from megatron_mm1.errors import UserError
+
+__all__ = ["MODEL_TYPE", "export_transformers", "import_from_transformers"]
+
+_CODE = Path(__file__).parent / "files"
+_PROCESSOR = "processing_mm1.MM1Processor"
+_IMAGE_PROCESSOR = "image_processing_mm1.MM1ImageProcessor"
+
+
+def export_transformers(config: MM1Config, source: TensorSource) -> tuple[dict[str, Any], Plan, dict[str, bytes | str]]:
+    """A folder for `AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)`.
+
+    Reads the tokenizer that the configuration names.
+
+    Args:
+        config: of the run that made the weights.
+        source: the weights under our names.
+
+    Returns:
+        config.json, the tensors of the safetensors files, and the contents of the other files by name: code,
+        tokenizer, preprocessing and generation settings.
+
+    Raises:
+        UserError: a part of the model is the user's own, the tokenizer cannot be used, or the weights do not fit the
+            configuration.
+    """
+    check_exportable(config.model)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    vocab_rows = _vocab_rows(config.model, source)
+    if tokenizer.vocab_size > vocab_rows:
+        raise UserError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but the model only {vocab_rows} embeddings: "
+            "set data.tokenizer to the one it was trained with"
+        )
+    plan = export_plan(mm1_correspondence(config.model, vocab_rows=vocab_rows), source, what="an MM1")
+    special_ids = {
+        "image_token_id": tokenizer.image_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    their_config = to_transformers(
+        config.model,
+        vocab_rows=vocab_rows,
+        seq_length=config.data.seq_length,
+        special_ids=special_ids,
+        dtype=_usual_dtype(plan),
+    )
+    files: dict[str, bytes | str] = {name: (_CODE / name).read_text() for name in CODE_FILES}
+    files |= tokenizer_files(tokenizer, max_length=config.data.seq_length)
+    files |= _processor_files(config)
+    files["generation_config.json"] = _generation_config(special_ids, tokenizer.vocab_size, vocab_rows=vocab_rows)
+    return their_config, plan, files
+
+
+def import_from_transformers(config: Mapping[str, Any], source: TensorSource) -> tuple[ModelConfig, Plan]:
+    """The whole model of an exported folder: its configuration and its tensors under our names, bit for bit.
+
+    Args:
+        config: config.json, parsed.
+        source: the weights under the folder's names.
+
+    Raises:
+        UserError: this is no exported MM1, or the weights do not fit its configuration.
+    """
+    model, vocab_rows = from_transformers(config)
+    check_exportable(model)
+    return model, import_plan(mm1_correspondence(model, vocab_rows=vocab_rows), source, what="an exported MM1")
+
+
+def _vocab_rows(model: ModelConfig, source: TensorSource) -> int:
+    """As the weights have them: how far the vocabulary is padded depends on the layout it was trained in."""
+    embedding = source.tensors.get(EMBEDDING)
+    return embedding.shape[0] if embedding is not None else padded_vocab_size(model.decoder.vocab_size)
+
+
+def _usual_dtype(plan: Plan) -> str:
+    sizes: Counter[str] = Counter()
+    for planned in plan:
+        sizes[str(planned.info.dtype).removeprefix("torch.")] += planned.info.num_bytes
+    return sizes.most_common(1)[0][0]
+
+
+def _processor_files(config: MM1Config) -> dict[str, str]:
+    vision = config.model.vision
+    images = {
+        "auto_map": {"AutoImageProcessor": _IMAGE_PROCESSOR, "AutoProcessor": _PROCESSOR},
+        "image_processor_type": "MM1ImageProcessor",
+        "processor_class": "MM1Processor",
+        "image_size": vision.image_size,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
+    processor = {
+        "auto_map": {"AutoProcessor": _PROCESSOR},
+        "processor_class": "MM1Processor",
+        "tokens_per_image": config.model.connector.tokens_per_image,
+        "image_token": IMAGE_SYMBOL,
+        "takes_images": not config.data.text_only,
+    }
+    return {
+        "preprocessor_config.json": json.dumps(images, indent=2),
+        "processor_config.json": json.dumps(processor, indent=2),
+    }
+
+
+def _generation_config(special_ids: Mapping[str, int], pieces: int, *, vocab_rows: int) -> str:
+    """Greedy; what is no text is never generated: images, padding, beginnings of text, rows that are no piece."""
+    ids = dict(special_ids)
+    never = [ids.pop("image_token_id"), ids["pad_token_id"], ids["bos_token_id"], *range(pieces, vocab_rows)]
+    return json.dumps({**ids, "do_sample": False, "suppress_tokens": never}, indent=2)
