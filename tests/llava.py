@@ -16,12 +16,15 @@ from megatron_mm1.config import (
     TrainingConfig,
     VisionConfig,
 )
+from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.model.mm1 import MM1Model
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
 IMAGE_ID, PER_IMAGE, IMAGE_SIZE = 7, 16, 32
+VOCABULARY = 200
+"""Not a multiple of 128: our embedding has rows more than theirs."""
 
 
 def llava_model(*, vocab_size: int) -> "LlavaForConditionalGeneration":
@@ -97,3 +100,35 @@ def load_llava(model: MM1Model, state: dict[str, torch.Tensor], config: MM1Confi
     missing, unexpected = model.load_state_dict(local_state_dict(tensors), strict=False)
     assert not unexpected
     assert not [name for name in missing if not name.endswith("_extra_state")]
+
+
+def sample(num_images: int, *, length: int = 70) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids [length], pixels [num_images, 3, 32, 32]); images stand between texts, the first at the start."""
+    generator = torch.Generator().manual_seed(num_images)
+    tokens = torch.randint(10, VOCABULARY, (length,), generator=generator)
+    for image in range(num_images):
+        tokens[image * (PER_IMAGE + 3) : image * (PER_IMAGE + 3) + PER_IMAGE] = IMAGE_ID
+    return tokens, torch.randn(num_images, 3, 32, 32, generator=generator)
+
+
+def llava_logits(llava, tokens: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return llava(input_ids=tokens[None], pixel_values=pixels if len(pixels) else None).logits[0]
+
+
+def packed(samples: list[tuple[torch.Tensor, torch.Tensor]], *, seq_length: int, rows: int = 1) -> PackedBatch:
+    """The samples one after the other in `rows` rows, padded at the end of each."""
+    shape = (rows, seq_length)
+    tokens, segments = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int32)
+    positions = torch.zeros(shape, dtype=torch.int64)
+    per_row = -(-len(samples) // rows)
+    for number, (ids, _) in enumerate(samples):
+        row, place = divmod(number, per_row)
+        start = sum(len(other) for other, _ in samples[row * per_row : number])
+        tokens[row, start : start + len(ids)] = ids
+        segments[row, start : start + len(ids)] = place + 1
+        positions[row, start : start + len(ids)] = torch.arange(len(ids))
+    pixels = torch.cat([pixels for _, pixels in samples])
+    slots = (tokens.flatten() == IMAGE_ID).nonzero().view(-1, PER_IMAGE)
+    images = (ImageGroup(slots=slots, height=32, width=32, pixels=pixels),) if len(pixels) else ()
+    return PackedBatch(tokens, torch.full_like(tokens, IGNORE), positions, segments, torch.zeros_like(tokens), images)

@@ -36,7 +36,6 @@ COMPONENTS = {"tower": "tower.", "connector": "connector.", "decoder": "language
 """The model's parts, and what the names of their tensors begin with."""
 
 _OLD_MANIFEST = "integrity.json"  # of format 1: megatron-core's, without sizes
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +151,8 @@ def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
 
 def record_of(path: Path) -> FileRecord:
     """Read a file for its record."""
-    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256")
     return FileRecord(path.stat().st_size, digest.hexdigest())
 
 

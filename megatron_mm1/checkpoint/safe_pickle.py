@@ -42,6 +42,7 @@ _CLASSES = {
     ("pathlib", "PurePosixPath"),
     ("pathlib._local", "PosixPath"),  # as Python 3.13 calls it
 }
+_LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, ValueError)
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
@@ -96,12 +97,12 @@ def check_checkpoint(folder: Path) -> Metadata:
     for name in object_names(metadata):
         try:
             load_object(read_object(folder, metadata, name))
-        except (pickle.UnpicklingError, RuntimeError, OSError, KeyError) as error:
+        except _LOAD_ERRORS as error:
             faults.append(f"{name} ({_reason(error)})")
     if (folder / "common.pt").exists():  # which megatron-core would prefer to the table
         try:
             torch.load(folder / "common.pt", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+        except _LOAD_ERRORS as error:
             faults.append(f"common.pt ({_reason(error)})")
     if faults:
         raise UserError(

@@ -20,13 +20,18 @@ from megatron_mm1.checkpoint.families import export_model, import_model
 from megatron_mm1.checkpoint.local_state import local_state_dict
 from megatron_mm1.checkpoint.tensors import StateDict, collect
 from megatron_mm1.config.schema import ConnectorConfig, DecoderConfig, ModelConfig, VisionConfig
-from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.model.mm1 import MM1Model
 from tests import pretrained
-from tests.llava import IMAGE_ID, PER_IMAGE, llava_model, load_llava, mm1_config
-
-VOCABULARY = 200
-"""Not a multiple of 128: our embedding has rows more than theirs."""
+from tests.llava import (
+    IMAGE_ID,
+    VOCABULARY,
+    llava_logits,
+    llava_model,
+    load_llava,
+    mm1_config,
+    packed,
+    sample,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,38 +45,6 @@ def mm1(llava, groups):
     model = MM1Model(config, backend="local", pg_collection=groups).eval()
     load_llava(model, llava.state_dict(), config)
     return model
-
-
-def sample(num_images: int, *, length: int = 70) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token ids [length], pixels [num_images, 3, 32, 32]); images stand between texts, the first at the start."""
-    generator = torch.Generator().manual_seed(num_images)
-    tokens = torch.randint(10, VOCABULARY, (length,), generator=generator)
-    for image in range(num_images):
-        tokens[image * (PER_IMAGE + 3) : image * (PER_IMAGE + 3) + PER_IMAGE] = IMAGE_ID
-    return tokens, torch.randn(num_images, 3, 32, 32, generator=generator)
-
-
-def llava_logits(llava, tokens: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return llava(input_ids=tokens[None], pixel_values=pixels if len(pixels) else None).logits[0]
-
-
-def packed(samples: list[tuple[torch.Tensor, torch.Tensor]], *, seq_length: int, rows: int = 1) -> PackedBatch:
-    """The samples one after the other in `rows` rows, padded at the end of each."""
-    shape = (rows, seq_length)
-    tokens, segments = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int32)
-    positions = torch.zeros(shape, dtype=torch.int64)
-    per_row = -(-len(samples) // rows)
-    for number, (ids, _) in enumerate(samples):
-        row, place = divmod(number, per_row)
-        start = sum(len(other) for other, _ in samples[row * per_row : number])
-        tokens[row, start : start + len(ids)] = ids
-        segments[row, start : start + len(ids)] = place + 1
-        positions[row, start : start + len(ids)] = torch.arange(len(ids))
-    pixels = torch.cat([pixels for _, pixels in samples])
-    slots = (tokens.flatten() == IMAGE_ID).nonzero().view(-1, PER_IMAGE)
-    images = (ImageGroup(slots=slots, height=32, width=32, pixels=pixels),) if len(pixels) else ()
-    return PackedBatch(tokens, torch.full_like(tokens, IGNORE), positions, segments, torch.zeros_like(tokens), images)
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 3])

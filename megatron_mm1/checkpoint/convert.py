@@ -1,0 +1,306 @@
+"""`mm1 convert`: each conversion makes a plan, which is then shown (`--dry-run`) or carried out."""
+
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_mm1 import __version__
+from megatron_mm1.checkpoint.dist_checkpoint import COMMON_STATE
+from megatron_mm1.checkpoint.format import COMPONENTS, FORMAT_VERSION, OPTIMIZER_PREFIX, CheckpointMetadata
+from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint, write_mm1
+from megatron_mm1.checkpoint.safetensors_folder import GB, write_safetensors
+from megatron_mm1.checkpoint.summary import in_bytes, plan_table
+from megatron_mm1.checkpoint.tensors import Plan, PlanSource, Subset, copied, in_pieces
+from megatron_mm1.checkpoint.weights import Weights, component_of, components, open_weights, with_component
+from megatron_mm1.config import MM1Config, ParallelConfig
+from megatron_mm1.config.command_line import parse_arguments, set_override
+from megatron_mm1.config.loading import load_config
+from megatron_mm1.config.serialization import from_dict, to_dict
+from megatron_mm1.config.validation import validate
+from megatron_mm1.errors import ConfigError, UserError
+
+TRANSFORMERS = "transformers"
+_WEIGHTS = tuple(COMPONENTS.values())
+
+
+def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
+    """Weights from elsewhere, of one or several parts of the model, as a checkpoint to start training from."""
+    from megatron_mm1.checkpoint.model_check import model_problems
+
+    config = load_config(config_arguments)
+    model = config.model
+    origin: dict[str, Path] = {}
+    plan: Plan = []
+    for path in args.source:
+        weights = open_weights(path, base=model, seq_length=config.data.seq_length)
+        if weights.checkpoint is not None:
+            raise UserError(f"{path} is an MM1 checkpoint already: take its parts with mm1 convert replace or take")
+        for component in weights.components:
+            if component in origin:
+                raise UserError(f"both {origin[component]} and {path} hold a {component}: name one of them")
+            origin[component] = path
+        model = weights.model
+        plan += weights.source.plan if isinstance(weights.source, PlanSource) else weights.plan("")
+    if problems := model_problems(model):
+        raise ConfigError(problems)
+    config = replace(config, model=model)
+    fingerprint = ""
+    if args.tokenizer is not None:
+        config = replace(config, data=replace(config.data, tokenizer=str(args.tokenizer)))
+        fingerprint = _fingerprint(args.tokenizer)
+    metadata = CheckpointMetadata(
+        iteration=0,
+        consumed_sequences=0,
+        config=to_dict(config),
+        tokenizer_fingerprint=fingerprint,
+        plan_fingerprint="",
+        components=components(PlanSource(plan)),
+        has_training_state=False,
+    )
+    _write(args, plan, metadata)
+
+
+def export_main(args: Namespace) -> None:
+    """A checkpoint's weights, or some parts of them, as another library's folder."""
+    checkpoint = MM1Checkpoint(args.checkpoint)
+    config, source = checkpoint.metadata.mm1_config(), Subset(checkpoint, _WEIGHTS)
+    extra_files: Mapping[str, bytes | str] = {}
+    names = {}
+    if args.family == TRANSFORMERS:
+        from megatron_mm1.checkpoint.transformers_export import export_transformers
+
+        theirs, plan, extra_files = export_transformers(config, source)
+    else:
+        from megatron_mm1.checkpoint.families import FAMILIES, export_model
+
+        if args.family not in FAMILIES:
+            raise UserError(f"unknown family {args.family!r}: use one of {', '.join([*FAMILIES, TRANSFORMERS])}")
+        theirs, plan = export_model(
+            args.family,
+            config.model,
+            source,
+            seq_length=config.data.seq_length,
+            image_token_id=_image_token_id(config) if args.image_token_id is None else args.image_token_id,
+        )
+        if args.family == "open_clip":
+            names = {"stem": "open_clip_model", "config_name": "open_clip_config.json"}
+    if args.dry_run:
+        print(plan_table(plan))
+        return
+    write_safetensors(
+        args.output,
+        plan,
+        config=theirs,
+        extra_files=extra_files,
+        max_shard_bytes=int(args.max_shard_gb * GB),
+        overwrite=args.overwrite,
+        before_commit=checkpoint.verify,
+        **names,
+    )
+    _print_result(args.output, plan)
+
+
+def reshard_main(args: Namespace, config_arguments: Sequence[str]) -> None:
+    """A checkpoint under another layout, with its training state; the numbers are the same."""
+    checkpoint = MM1Checkpoint(args.checkpoint)
+    config = _with_options(checkpoint.metadata.mm1_config(), config_arguments, group="parallel")
+    validate(config, world_size=_smallest_world_size(config.parallel))
+    names = [name for name in checkpoint.tensors if name.startswith(_kept(checkpoint.metadata))]
+    plan = [in_pieces(checkpoint, name, num_pieces=args.pieces) for name in names]
+    _write(args, plan, _updated(checkpoint.metadata, config), checkpoint, objects=_objects(checkpoint, _WEIGHTS))
+
+
+def upcycle_main(args: Namespace, config_arguments: Sequence[str]) -> None:
+    """A dense checkpoint's weights with experts in place of feed-forward layers."""
+    from megatron_mm1.checkpoint.upcycle import upcycle
+
+    checkpoint = MM1Checkpoint(args.checkpoint)
+    before = checkpoint.metadata.mm1_config()
+    moe = _with_options(before, config_arguments, group="model.moe").model.moe
+    if moe is None:
+        raise UserError("nothing says which experts the model is to have: use --num-moe-experts N --moe-layer-freq K")
+    model, plan = upcycle(before.model, moe, Subset(checkpoint, _WEIGHTS), seed=args.router_seed)
+    _write(args, plan, _weights_only(checkpoint.metadata, replace(before, model=model)), checkpoint)
+
+
+def take_main(args: Namespace) -> None:
+    """One part of a checkpoint's model, as a checkpoint of its own."""
+    checkpoint = MM1Checkpoint(args.checkpoint)
+    prefix = COMPONENTS[args.component]
+    plan = [copied(checkpoint, name) for name in checkpoint.tensors if name.startswith(prefix)]
+    if not plan:
+        raise UserError(f"{checkpoint.path} has no {args.component}")
+    metadata = _weights_only(checkpoint.metadata, checkpoint.metadata.mm1_config(), components=(args.component,))
+    _write(args, plan, metadata, checkpoint, objects=checkpoint.read_objects((prefix,)))
+
+
+def replace_main(args: Namespace) -> None:
+    """A checkpoint with one part of the model from another one, or from another library's folder.
+
+    The training state stays as long as it is whole: if the replaced part is trained, the other checkpoint has to have
+    optimizer state for it.
+    """
+    from megatron_mm1.checkpoint.model_check import model_problems
+
+    base = MM1Checkpoint(args.checkpoint)
+    before = base.metadata.mm1_config()
+    other = open_weights(args.source, base=before.model, seq_length=before.data.seq_length)
+    if args.component not in other.components:
+        raise UserError(f"{args.source} has no {args.component}: it holds {', '.join(other.components) or 'nothing'}")
+    model = with_component(before.model, other.model, args.component)
+    if problems := model_problems(model):
+        raise ConfigError(problems)
+    config = replace(before, model=model)
+    changes: dict[str, Any] = {}
+    if args.component == "decoder":
+        config, changes = _decoders_tokenizer(config, other)
+    plan = [copied(base, name) for name in base.tensors if component_of(name) != args.component]
+    plan += [copied(other.source, name) for name in other.source.tensors if component_of(name) == args.component]
+    present = tuple(part for part in COMPONENTS if part == args.component or part in base.metadata.components)
+    if _keeps_training_state(base, other, args.component):
+        metadata = _updated(base.metadata, config, components=present, **changes)
+    else:
+        if base.metadata.has_training_state:
+            print(f"only weights are kept: {args.source} has no optimizer state for the {args.component}")
+        metadata = _weights_only(base.metadata, config, components=present, **changes)
+    plan = [planned for planned in plan if planned.name.startswith(_kept(metadata))]
+    others = tuple(prefix for component, prefix in COMPONENTS.items() if component != args.component)
+    objects = _objects(base, others) if metadata.has_training_state else base.read_objects(others)
+    if other.checkpoint is not None:
+        objects |= other.checkpoint.read_objects((COMPONENTS[args.component],))
+    sources = [base] if other.checkpoint is None else [base, other.checkpoint]
+    _write(args, plan, metadata, *sources, objects=objects)
+
+
+def _keeps_training_state(base: MM1Checkpoint, other: Weights, component: str) -> bool:
+    if OPTIMIZER_PREFIX not in _kept(base.metadata):
+        return False
+    wanted, there = (_optimizer_kinds(source, component) for source in (base, other.source))
+    return not wanted or wanted == there
+
+
+def _optimizer_kinds(source: Any, component: str) -> set[str]:
+    """exp_avg, exp_avg_sq, ..: what the optimizer keeps of this part."""
+    return {
+        name.removeprefix(OPTIMIZER_PREFIX).partition(".")[0]
+        for name in source.tensors
+        if name.startswith(OPTIMIZER_PREFIX) and component_of(name) == component
+    }
+
+
+def _decoders_tokenizer(config: MM1Config, other: Weights) -> tuple[MM1Config, dict[str, Any]]:
+    """A decoder brings its tokenizer along, where it has one that is known."""
+    if other.checkpoint is None:
+        return config, {"tokenizer_fingerprint": ""}
+    metadata = other.checkpoint.metadata
+    data = replace(config.data, tokenizer=metadata.mm1_config().data.tokenizer)
+    return replace(config, data=data), {"tokenizer_fingerprint": metadata.tokenizer_fingerprint}
+
+
+def _kept(metadata: CheckpointMetadata) -> tuple[str, ...]:
+    """What the names of the tensors begin with that another checkpoint can go on with.
+
+    Before format 2 the optimizer's state has names that depend on the layout: it is left behind.
+    """
+    has_state = metadata.has_training_state and metadata.format_version >= 2
+    return (*_WEIGHTS, OPTIMIZER_PREFIX) if has_state else _WEIGHTS
+
+
+def _objects(checkpoint: MM1Checkpoint, prefixes: tuple[str, ...]) -> dict[str, bytes]:
+    """Common state (step counts, schedule) and modules' extra state; random states belong to a layout and stay."""
+    has_state = OPTIMIZER_PREFIX in _kept(checkpoint.metadata)
+    return checkpoint.read_objects((COMMON_STATE, *prefixes) if has_state else prefixes)
+
+
+def _updated(metadata: CheckpointMetadata, config: MM1Config, **changes: Any) -> CheckpointMetadata:
+    """The same checkpoint in today's format, without ranks whose random state could be looked for."""
+    if OPTIMIZER_PREFIX not in _kept(metadata):
+        return _weights_only(metadata, config, **changes)
+    return replace(
+        metadata,
+        config=to_dict(config),
+        format_version=FORMAT_VERSION,
+        code_version=__version__,
+        world_size=None,
+        **changes,
+    )
+
+
+def _weights_only(metadata: CheckpointMetadata, config: MM1Config, **changes: Any) -> CheckpointMetadata:
+    return CheckpointMetadata(
+        **{
+            "iteration": 0,
+            "consumed_sequences": 0,
+            "config": to_dict(config),
+            "tokenizer_fingerprint": metadata.tokenizer_fingerprint,
+            "plan_fingerprint": "",
+            "components": metadata.components,
+            "has_training_state": False,
+            **changes,
+        }
+    )
+
+
+def _with_options(config: MM1Config, arguments: Sequence[str], *, group: str) -> MM1Config:
+    """A configuration with options of the command line, which may be keys of this group only.
+
+    Where the number of pipeline stages changes, what said how to split the old ones is forgotten.
+    """
+    fixed, overrides = parse_arguments(arguments)
+    named = [name for name, value in vars(fixed).items() if value]
+    strange = [f"--{key}" for key in [*named, *overrides] if not key.startswith(f"{group}.")]
+    if strange:
+        raise ConfigError([f"{', '.join(strange)}: only keys of {group} can be changed here"])
+    values = to_dict(config)
+    if any("pipeline_model_parallel_size" in path for path in overrides):
+        values["parallel"] |= {"decoder_first_pipeline_num_layers": None, "hybrid_layer_pattern": None}
+    for path, text in overrides.items():
+        set_override(values, path, text)
+    return from_dict(values)
+
+
+def _smallest_world_size(parallel: ParallelConfig) -> int:
+    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    experts = parallel.expert_tensor_parallel_size * parallel.expert_model_parallel_size
+    return parallel.pipeline_model_parallel_size * math.lcm(dense, experts)
+
+
+def _image_token_id(config: MM1Config) -> int | None:
+    """As the run's tokenizer has it; None where that is not at hand."""
+    from megatron_mm1.data.tokenizer import Tokenizer
+
+    return Tokenizer(config.data.tokenizer).image_id if Path(config.data.tokenizer).is_file() else None
+
+
+def _fingerprint(tokenizer: Path) -> str:
+    from megatron_mm1.data.tokenizer import Tokenizer
+
+    return Tokenizer(str(tokenizer)).fingerprint
+
+
+def _write(
+    args: Namespace,
+    plan: Plan,
+    metadata: CheckpointMetadata,
+    *sources: MM1Checkpoint,
+    objects: Mapping[str, bytes] | None = None,
+) -> None:
+    """Show the plan or carry it out; what is read from damaged `sources` does not become a checkpoint."""
+    if args.dry_run:
+        print(plan_table(plan))
+        return
+
+    def verify() -> None:
+        for source in sources:
+            source.verify()
+
+    path = write_mm1(args.output, plan, metadata, objects=objects, overwrite=args.overwrite, before_commit=verify)
+    _print_result(path, plan)
+
+
+def _print_result(path: Path, plan: Plan) -> None:
+    size = sum(planned.info.num_bytes for planned in plan)
+    print(f"{path}: {len(plan)} tensors, {in_bytes(size)}")
