@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 def _run(argv: list[str]) -> int:
@@ -254,7 +257,9 @@ def build_convert_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--max-shard-gb", type=float, default=5.0, metavar="X", help="of weights in a file (%(default)s)"
     )
-
+    export.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="the model's, where it is not where training found it"
+    )
     export.add_argument(
         "--image-token-id", type=int, metavar="N", help="for llava (the tokenizer's, where that is at hand)"
     )

@@ -18,7 +18,7 @@ from megatron_mm1.checkpoint.weights import Weights, component_of, components, o
 from megatron_mm1.config import MM1Config, ParallelConfig
 from megatron_mm1.config.command_line import parse_arguments, set_override
 from megatron_mm1.config.loading import load_config
-from megatron_mm1.config.serialization import from_dict, to_dict
+from megatron_mm1.config.serialization import from_dict, to_dict, to_yaml
 from megatron_mm1.config.validation import validate
 from megatron_mm1.errors import ConfigError, UserError
 
@@ -67,11 +67,14 @@ def export_main(args: Namespace) -> None:
     """A checkpoint's weights, or some parts of them, as another library's folder."""
     checkpoint = MM1Checkpoint(args.checkpoint)
     config, source = checkpoint.metadata.mm1_config(), Subset(checkpoint, _WEIGHTS)
+    if args.tokenizer is not None:
+        config = replace(config, data=replace(config.data, tokenizer=str(args.tokenizer)))
     extra_files: Mapping[str, bytes | str] = {}
     names = {}
     if args.family == TRANSFORMERS:
         from megatron_mm1.checkpoint.transformers_export import export_transformers
 
+        _check_tokenizer(checkpoint.metadata, Path(config.data.tokenizer))
         theirs, plan, extra_files = export_transformers(config, source)
     else:
         from megatron_mm1.checkpoint.families import FAMILIES, export_model
@@ -275,6 +278,20 @@ def _image_token_id(config: MM1Config) -> int | None:
     return Tokenizer(config.data.tokenizer).image_id if Path(config.data.tokenizer).is_file() else None
 
 
+def _check_tokenizer(metadata: CheckpointMetadata, tokenizer: Path) -> None:
+    """Refuse to export a tokenizer that the model was not trained with."""
+    if not tokenizer.is_file():
+        raise UserError(
+            f"no tokenizer at {str(tokenizer)!r}: name the one the model was trained with by --tokenizer FILE"
+        )
+    found, wanted = _fingerprint(tokenizer), metadata.tokenizer_fingerprint
+    if wanted and found != wanted:
+        raise UserError(
+            f"{tokenizer} is another tokenizer (SHA-256 {found[:12]}..) than the model was trained with "
+            f"({wanted[:12]}..): name that one by --tokenizer FILE"
+        )
+
+
 def _fingerprint(tokenizer: Path) -> str:
     from megatron_mm1.data.tokenizer import Tokenizer
 
@@ -298,6 +315,7 @@ def _write(
             source.verify()
 
     path = write_mm1(args.output, plan, metadata, objects=objects, overwrite=args.overwrite, before_commit=verify)
+    (args.output / "config.yaml").write_text(to_yaml(metadata.mm1_config()))  # for mm1 train --config
     _print_result(path, plan)
 
 

@@ -1,8 +1,9 @@
 """Where a run starts: from scratch, from another run's weights, or from where it stopped; and what forbids it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +11,9 @@ from megatron_mm1.checkpoint.format import LATEST, CheckpointMetadata, find_chec
 from megatron_mm1.config import MM1Config, OptimizerConfig
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
+
+MOST_SHOWN = 5
+"""Keys of a model that is another which are named."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,12 @@ def check_resumable(
     """
     saved = metadata.mm1_config()
     problems = []
-    if saved.model != config.model:
-        problems.append("model.* differs: take it from the config.yaml of the checkpoint's run")
-    if metadata.tokenizer_fingerprint != tokenizer_fingerprint:
+    if different := list(_model_differences("model", asdict(saved.model), asdict(config.model))):
+        shown = "; ".join(different[:MOST_SHOWN]) + ("; .." if len(different) > MOST_SHOWN else "")
+        problems.append(
+            f"model.* differs ({shown}): take it from the config.yaml beside the checkpoints (--config FILE)"
+        )
+    if metadata.tokenizer_fingerprint not in ("", tokenizer_fingerprint):
         problems.append(_wrong_tokenizer(metadata, tokenizer_fingerprint))
     if not weights_only:
         problems += [
@@ -78,6 +85,14 @@ def check_resumable(
         ]
     if problems:
         raise UserError("\n  - ".join(["this run cannot go on from its checkpoint:", *problems]))
+
+
+def _model_differences(path: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in before | now:
+            yield from _model_differences(f"{path}.{name}", before.get(name), now.get(name))
+    elif before != now:
+        yield f"{path} was {before} and is {now}"
 
 
 def _differences(saved: MM1Config, config: MM1Config) -> Iterator[tuple[str, object, object]]:
@@ -104,7 +119,7 @@ def check_tokenizer(metadata: CheckpointMetadata, fingerprint: str) -> None:
     Raises:
         UserError: they differ.
     """
-    if metadata.tokenizer_fingerprint != fingerprint:
+    if metadata.tokenizer_fingerprint not in ("", fingerprint):
         raise UserError(_wrong_tokenizer(metadata, fingerprint))
 
 

@@ -11,7 +11,7 @@ from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
 from megatron_mm1.config import MM1Config, ParallelConfig
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
-from megatron_mm1.training.build import build_module, unwrap
+from megatron_mm1.training.build import build_module, component_of, unwrap
 from megatron_mm1.training.checkpointing import load_weights
 from megatron_mm1.training.saving import save_checkpoint
 from tests.parallel.jobs import Run
@@ -54,3 +54,17 @@ def logits(folder: Path, sizes: dict[str, Any], batches: list[PackedBatch]) -> l
             torch.distributed.send(output, group_dst=groups.pp.rank() + 1, group=groups.pp)
     destroy_process_groups()
     return results
+
+
+def start_from_part(folder: Path) -> tuple[tuple[str, ...], set[str]]:
+    """(parts that a checkpoint lacks, parts of the model that loading it changed)."""
+    config = config_in(folder)
+    groups = build_process_groups(config.parallel, seed=1)
+    module = build_module(config, backend="local", pg_collection=groups)
+    before = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+    missing = load_weights(find_checkpoint(folder), [module], pg_collection=groups)
+    changed = {
+        component_of(name) for name, weight in module.named_parameters() if not torch.equal(weight, before[name])
+    }
+    destroy_process_groups()
+    return missing, changed

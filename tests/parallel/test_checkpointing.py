@@ -179,5 +179,5 @@ def test_a_run_may_go_on_in_another_layout(saved):
 
 def test_another_model_is_refused(saved):
     metadata = read_metadata(saved)
-    with pytest.raises(UserError, match=r"model\.\* differs"):
+    with pytest.raises(UserError, match=r"model\.\* differs \(model\.moe was None and is \{"):
         resume.check_resumable(metadata, preset("mm1-tiny-moe"), tokenizer_fingerprint=metadata.tokenizer_fingerprint)

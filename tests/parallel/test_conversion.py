@@ -173,3 +173,8 @@ def test_a_llava_computes_the_same_in_a_layout(pool, tmp_path, layout):
         for ours, (tokens, pixels) in zip(logits, samples, strict=True):
             expected = llava_logits(theirs, tokens, pixels)
             assert (ours[0, :, :VOCABULARY] - expected).abs().max() <= 1e-4
+
+
+def test_parts_that_a_checkpoint_lacks_stay_as_they_were_drawn(pool, tmp_path):
+    write(tmp_path / "ours", *pretrained.saved(pretrained.decoder("llama"), tmp_path / "theirs"))
+    assert pool(1).run(jobs.start_from_part, tmp_path / "ours") == [(("tower", "connector"), {"decoder"})]
