@@ -149,6 +149,12 @@ def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:
     return records
 
 
+def digest_of(checkpoint: Path) -> str:
+    """SHA-256 of a checkpoint's manifest, which tells it from any other, in hexadecimal."""
+    manifest = checkpoint / MANIFEST
+    return hashlib.sha256((manifest if manifest.is_file() else checkpoint / _OLD_MANIFEST).read_bytes()).hexdigest()
+
+
 def record_of(path: Path) -> FileRecord:
     """Read a file for its record."""
     with path.open("rb", buffering=0) as file:

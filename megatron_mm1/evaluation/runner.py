@@ -1,6 +1,5 @@
 """Runs tasks on a checkpoint."""
 
-import hashlib
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
+from megatron_mm1.checkpoint.format import digest_of, find_checkpoint, read_metadata
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.contact_sheet import Panel, write_contact_sheet
@@ -126,7 +125,7 @@ def _identity(checkpoint: Path) -> dict[str, Any]:
         "iteration": metadata.iteration,
         "consumed_sequences": metadata.consumed_sequences,
         "tokenizer": metadata.tokenizer_fingerprint,
-        "digest": hashlib.sha256((checkpoint / "integrity.json").read_bytes()).hexdigest(),
+        "digest": digest_of(checkpoint),
         "code_version": metadata.code_version,
     }
 
