@@ -36,6 +36,7 @@ COMPONENTS = {"tower": "tower.", "connector": "connector.", "decoder": "language
 """The model's parts, and what the names of their tensors begin with."""
 
 _OLD_MANIFEST = "integrity.json"  # of format 1: megatron-core's, without sizes
+_BLOCK = 1 << 20  # bytes hashed at a time: few enough for a cache, enough not to keep other threads waiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +158,11 @@ def digest_of(checkpoint: Path) -> str:
 
 def record_of(path: Path) -> FileRecord:
     """Read a file for its record."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
-        digest = hashlib.file_digest(file, "sha256")
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return FileRecord(path.stat().st_size, digest.hexdigest())
 
 

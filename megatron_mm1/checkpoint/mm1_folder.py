@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -100,7 +101,7 @@ def write_mm1(
 ) -> Path:
     """Carry a plan out into `folder/step-<iteration>`, which is there whole or not at all, and move `latest` to it.
 
-    One piece is in memory at a time, and becomes a chunk of the checkpoint.
+    A piece becomes a chunk of the checkpoint. One is in memory at a time, beside the one before while that is hashed.
 
     Args:
         objects: bytes by name of what is no tensor, as `MM1Checkpoint.read_objects` has them; `COMMON_STATE` is empty
@@ -206,11 +207,30 @@ def _save(tensor: Tensor, file: StreamedFile) -> None:
     try:
         # The manifest's SHA-256 vouches for the data; a second checksum of it would only take time.
         with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
-            torch.save(_alone(tensor), cast(IO[bytes], file))
+            tensor = _alone(tensor)
+            torch.save(tensor, cast(IO[bytes], _Archive(file, tensor)))
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):  # torch complains that the archive has no end
             raise error.__context__ from None
         raise
+
+
+class _Archive:
+    """What torch.save writes a tensor to: its data, which lasts, may go through the checksum later."""
+
+    def __init__(self, file: StreamedFile, tensor: Tensor) -> None:
+        self._file = file
+        self._data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else None
+
+    def write(self, content: Any) -> int:
+        found = np.frombuffer(content, np.uint8)
+        data = self._data
+        if data is not None and found.ctypes.data == data.ctypes.data and found.nbytes == data.nbytes:
+            return self._file.write(data, lasting=True)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        """Nothing: the file is whole when it is closed."""
 
 
 def _alone(tensor: Tensor) -> Tensor:
