@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import megatron_mm1
+from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.errors import ConfigError, UserError
 
 FAILED = 1
@@ -18,7 +19,6 @@ USER_ERROR = 2
 INTERRUPTED = 130
 GRACE_SECONDS = 10
 """How long the other ranks leave the report of an error to rank 0."""
-MODEL_PARTS = ("tower", "connector", "decoder")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -290,7 +290,7 @@ def build_convert_parser() -> argparse.ArgumentParser:
         "--from", required=True, type=Path, dest="source", metavar="DIR", help="a checkpoint, or a folder as for import"
     )
     for command in (take, exchange):
-        command.add_argument("--component", required=True, choices=MODEL_PARTS)
+        command.add_argument("--component", required=True, choices=list(COMPONENTS))
     _add_verify(commands)
     look = commands.add_parser("inspect", help="show what a checkpoint or a folder of weights holds")
     look.add_argument("folder", type=Path, metavar="DIR")
@@ -341,7 +341,7 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verify.add_argument(
         "--component",
         action="append",
-        choices=[*MODEL_PARTS, "optimizer"],
+        choices=[*COMPONENTS, "optimizer"],
         help="compare this alone; repeatable (all, and the optimizer's state where both have it)",
     )
     verify.set_defaults(takes_config=False, takes_output=False)

@@ -8,7 +8,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-NAMING = {"non_homogeneous_layers": True}
+from megatron_mm1.training.sharding import NAMING
 
 
 def randomize(model: torch.nn.Module, *, seed: int = 0, std: float = 0.15) -> None:

@@ -1,3 +1,1 @@
-"""Other projects' weights under our names."""
-
-import megatron_mm1.parallel  # noqa: F401  # readies the process for megatron-core
+"""What a checkpoint folder is, and conversion to and from other projects' forms; without megatron-core."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mm1.checkpoint.format import COMPONENTS, OPTIMIZER_PREFIX
+from megatron_mm1.checkpoint.format import OPTIMIZER_PREFIX
 from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint
 from megatron_mm1.checkpoint.tensors import Subset, TensorInfo, TensorSource
 from megatron_mm1.checkpoint.weights import Weights, open_weights
 from megatron_mm1.config import ModelConfig
+from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.config.presets import preset
 from megatron_mm1.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_mm1 import __version__
 from megatron_mm1.checkpoint.dist_checkpoint import COMMON_STATE
-from megatron_mm1.checkpoint.format import COMPONENTS, FORMAT_VERSION, OPTIMIZER_PREFIX, CheckpointMetadata
+from megatron_mm1.checkpoint.format import FORMAT_VERSION, OPTIMIZER_PREFIX, CheckpointMetadata
 from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint, write_mm1
 from megatron_mm1.checkpoint.safetensors_folder import GB, write_safetensors
 from megatron_mm1.checkpoint.summary import in_bytes, plan_table
@@ -17,6 +17,7 @@ from megatron_mm1.checkpoint.tensors import Plan, PlanSource, Subset, copied, in
 from megatron_mm1.checkpoint.weights import Weights, component_of, components, open_weights, with_component
 from megatron_mm1.config import MM1Config, ParallelConfig
 from megatron_mm1.config.command_line import parse_arguments, set_override
+from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.config.loading import load_config
 from megatron_mm1.config.serialization import from_dict, to_dict, to_yaml
 from megatron_mm1.config.validation import validate

@@ -178,7 +178,7 @@ def import_decoder_config(theirs: Config, *, base: ModelConfig, seq_length: int 
     positions = values["max_position_embeddings"] if seq_length is None else seq_length
     reasons = [*_unsupported(family, values), *_unsupported_rope(rope), *_short_window(family, values, positions)]
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    dim = values["head_dim"] or hidden // heads
+    dim, groups = values["head_dim"] or hidden // heads, values["num_key_value_heads"] or heads
     if reasons:
         raise UserError("\n  ".join([f"this {family.model_type} cannot be trained as an MM1 decoder:", *reasons]))
     decoder = DecoderConfig(
@@ -186,7 +186,7 @@ def import_decoder_config(theirs: Config, *, base: ModelConfig, seq_length: int 
         hidden_size=hidden,
         ffn_hidden_size=values["intermediate_size"],
         num_attention_heads=heads,
-        num_query_groups=values["num_key_value_heads"] or heads,
+        num_query_groups=groups if groups != heads else None,
         kv_channels=None if dim * heads == hidden else dim,
         vocab_size=values["vocab_size"],
         rotary_base=float(rope["rope_theta"]),

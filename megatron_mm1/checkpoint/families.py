@@ -7,11 +7,11 @@ from typing import Any
 from megatron_mm1.checkpoint import llava
 from megatron_mm1.checkpoint.decoder_configs import DECODERS, export_decoder_config, import_decoder_config
 from megatron_mm1.checkpoint.decoders import decoder_correspondence
-from megatron_mm1.checkpoint.format import COMPONENTS
 from megatron_mm1.checkpoint.rules import Correspondence, export_plan, import_plan
 from megatron_mm1.checkpoint.tensors import Plan, TensorSource
 from megatron_mm1.checkpoint.tower_configs import export_tower_config, import_tower_config
 from megatron_mm1.checkpoint.towers import TOWERS, tower_correspondence
+from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.config.schema import DataConfig, ModelConfig
 from megatron_mm1.errors import UserError
 

@@ -25,13 +25,18 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        sync(partial)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
-        partial.rename(folder)
-        sync(folder.parent)
+        exchange(partial, folder, replaced=replaced)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def exchange(partial: Path, folder: Path, *, replaced: Path) -> None:
+    """Put a folder that is complete in the place of one that may be there, which is kept as `replaced`."""
+    sync(partial)
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    partial.rename(folder)
+    sync(folder.parent)
 
 
 def refuse_existing(folder: Path, *, overwrite: bool) -> None:

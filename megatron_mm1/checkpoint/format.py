@@ -15,7 +15,6 @@ parameters behind `optimizer.state.exp_avg.`, `optimizer.state.exp_avg_sq.` and,
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +22,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_mm1 import __version__
+from megatron_mm1.checkpoint.files import exchange, sync
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.config.serialization import from_dict
 from megatron_mm1.errors import UserError
 
@@ -32,9 +33,6 @@ METADATA = "mm1.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 OPTIMIZER_PREFIX = "optimizer.state."
-COMPONENTS = {"tower": "tower.", "connector": "connector.", "decoder": "language_model."}
-"""The model's parts, and what the names of their tensors begin with."""
-
 _OLD_MANIFEST = "integrity.json"  # of format 1: megatron-core's, without sizes
 _BLOCK = 1 << 20  # bytes hashed at a time: few enough for a cache, enough not to keep other threads waiting
 
@@ -188,11 +186,16 @@ def verify_files(checkpoint: Path, names: Iterable[str] | None = None) -> None:
 
 def begin(folder: Path, iteration: int) -> Path:
     """An empty folder for the files of a checkpoint that `commit` will put in place."""
-    for left_over in folder.glob(".step-*.partial"):
-        shutil.rmtree(left_over)
     partial = folder / f".step-{iteration:08d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
+
+
+def sweep(folder: Path) -> None:
+    """Remove what saves that were killed left in a folder that nothing else writes to now."""
+    for left_over in folder.glob(".step-*.partial"):
+        shutil.rmtree(left_over)
 
 
 def commit(partial: Path, metadata: CheckpointMetadata, records: Mapping[str, FileRecord]) -> Path:
@@ -208,23 +211,18 @@ def commit(partial: Path, metadata: CheckpointMetadata, records: Mapping[str, Fi
     names = sorted(path.name for path in partial.iterdir())
     files = {name: records.get(name) or record_of(partial / name) for name in names}
     for name in set(names) - set(records):
-        _sync(partial / name)
+        sync(partial / name)
     manifest = {name: {"bytes": record.size, "sha256": record.sha256} for name, record in files.items()}
     (partial / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1))
-    _sync(partial / MANIFEST)
-    _sync(partial)
+    sync(partial / MANIFEST)
     folder, name = partial.parent, partial.name.removeprefix(".").removesuffix(".partial")
     final, replaced = folder / name, folder / _replaced(name)
-    if final.exists():  # a run that went on from an earlier checkpoint passes the same step again
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    partial.rename(final)
-    _sync(folder)
+    exchange(partial, final, replaced=replaced)
     temporary = folder / f".{LATEST}.partial"
     temporary.write_text(f"{name}\n")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(folder / LATEST)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
@@ -249,11 +247,3 @@ def prune(folder: Path, keep_last: int, *, keep_every: int | None = None) -> lis
 def _replaced(name: str) -> str:
     """What a checkpoint is called while another takes its place."""
     return f".{name}.replaced"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

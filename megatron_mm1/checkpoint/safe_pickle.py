@@ -124,6 +124,8 @@ def load_object(data: bytes) -> Any:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES or (module == "torch" and name in _DTYPES):
+            if module.startswith("megatron."):
+                importlib.import_module("megatron_mm1.parallel")  # readies the process for megatron-core
             return getattr(importlib.import_module(module), name)
         raise UserError(f"it is a pickle that wants {module}.{name}, which no table of tensors needs")
 

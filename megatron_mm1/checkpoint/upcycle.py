@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_mm1.checkpoint.format import COMPONENTS
 from megatron_mm1.checkpoint.model_check import model_problems
 from megatron_mm1.checkpoint.tensors import Piece, Plan, PlannedTensor, TensorInfo, TensorSource, copied
 from megatron_mm1.config import ModelConfig, MoEConfig
-from megatron_mm1.config.derived import expert_ffn_size, is_moe_block
+from megatron_mm1.config.derived import COMPONENTS, expert_ffn_size, is_moe_block
 from megatron_mm1.errors import ConfigError, UserError
 
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_mm1.checkpoint.dist_checkpoint import DistCheckpoint, is_dist_checkpoint
-from megatron_mm1.checkpoint.format import COMPONENTS, METADATA, OPTIMIZER_PREFIX
+from megatron_mm1.checkpoint.format import METADATA, OPTIMIZER_PREFIX
 from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint
 from megatron_mm1.checkpoint.safetensors_folder import SafetensorsFolder, is_safetensors_folder
 from megatron_mm1.checkpoint.tensors import Plan, PlanSource, TensorSource, copied
 from megatron_mm1.config import ModelConfig
-from megatron_mm1.config.derived import num_patches
+from megatron_mm1.config.derived import COMPONENTS, num_patches
 from megatron_mm1.errors import UserError
 
 

@@ -4,6 +4,9 @@ import math
 
 from megatron_mm1.config.schema import DecoderConfig, ModelConfig, VisionConfig
 
+COMPONENTS = {"tower": "tower.", "connector": "connector.", "decoder": "language_model."}
+"""The model's parts, and what the names of their tensors begin with."""
+
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int = 1) -> int:
     """Rows of the embedding: the vocabulary rounded up to a multiple of 128 that tensor parallelism divides.

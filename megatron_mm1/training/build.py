@@ -18,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.model.mm1 import MM1Model
 from megatron_mm1.parallel.device import device
 from megatron_mm1.training.accumulation import accumulate_in_place
@@ -25,10 +26,7 @@ from megatron_mm1.training.accumulation import accumulate_in_place
 Model = list[DistributedDataParallel]
 """A rank's part of the model: one stage, or several in turns under virtual pipelining."""
 
-COMPONENTS = ("tower", "connector", "decoder")
-"""The model's parts."""
-
-_ATTRIBUTES = {"tower": "tower", "connector": "connector", "language_model": "decoder"}
+_ATTRIBUTES = {prefix.removesuffix("."): component for component, prefix in COMPONENTS.items()}
 
 
 def component_of(parameter_name: str) -> str:

@@ -16,14 +16,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mm1.checkpoint.format import (
-    COMPONENTS,
-    read_manifest,
-    read_metadata,
-    verify_files,
-)
+from megatron_mm1.checkpoint.format import read_manifest, read_metadata, verify_files
 from megatron_mm1.checkpoint.safe_pickle import check_checkpoint, object_names
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.errors import UserError
 from megatron_mm1.training import format_1
 from megatron_mm1.training.build import Model, unwrap
@@ -120,8 +116,7 @@ def load_checkpoint(
     else:
         with torch.no_grad():
             for name, target in targets.items():
-                if target.data_ptr() != loaded["optimizer"][name].data_ptr():
-                    target.copy_(loaded["optimizer"][name])
+                target.copy_(loaded["optimizer"][name])
         old = metadata.format_version == 1
         steps = format_1.plain_steps_taken(loaded["optimizer"]) if old else loaded["optimizer_steps"]
     set_steps_taken(optimizer, steps)

@@ -9,10 +9,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.data.balance import imbalance
 from megatron_mm1.parallel.device import transformer_engine_problem
 from megatron_mm1.planning.flops import step_flops
-from megatron_mm1.training.build import COMPONENTS, Model, component_of, named_parameters
+from megatron_mm1.training.build import Model, component_of, named_parameters
 from megatron_mm1.training.step import StepStatistics
 
 
@@ -136,7 +137,7 @@ def trainable_parameters(model: Model, *, groups: ProcessGroupCollection) -> dic
         is_expert = not getattr(parameter, "allreduce", True)
         is_split = getattr(parameter, "tensor_model_parallel", False)
         if is_expert or is_split or groups.tp.rank() == 0:
-            counts[int(is_expert), COMPONENTS.index(component_of(name))] += parameter.numel()
+            counts[int(is_expert), list(COMPONENTS).index(component_of(name))] += parameter.numel()
     dense, expert = counts.to(next(model[0].parameters()).device)
     torch.distributed.all_reduce(dense, group=groups.mp)
     torch.distributed.all_reduce(expert, group=groups.tp_ep_pp)

@@ -49,10 +49,7 @@ def check_layout(saved: MM1Config, config: MM1Config) -> None:
 def distributed_optimizer_state(
     model: Model, optimizer: MegatronOptimizer, *, pg_collection: ProcessGroupCollection
 ) -> dict[str, Any]:
-    """What to read of a distributed optimizer's state."""
-    for part in _distributed(optimizer):
-        if not part.optimizer.state:  # without state, megatron-core looks for a step count in vain
-            part._init_optimizer_states_with_dummy_values()
+    """What to read of a distributed optimizer's state, in place of the state that it has."""
     metadata = {**NAMING, "distrib_optim_sharding_type": "dp_reshardable", "dp_cp_group": pg_collection.dp_cp}
     stages = {f"stage {n}": unwrap(chunk).sharded_state_dict(metadata=metadata) for n, chunk in enumerate(model)}
     state: dict[str, Any] = optimizer.sharded_state_dict(stages, is_loading=True, metadata=metadata)

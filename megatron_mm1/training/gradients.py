@@ -10,8 +10,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.parallel.device import device
-from megatron_mm1.training.build import COMPONENTS, Model, component_of, named_parameters, optimizer_parts
+from megatron_mm1.training.build import Model, component_of, named_parameters, optimizer_parts
 
 
 def component_gradient_norms(
@@ -33,7 +34,7 @@ def component_gradient_norms(
         ):
             continue
         is_expert = not getattr(parameter, "allreduce", True)
-        squares[int(is_expert), COMPONENTS.index(component_of(name))] += gradient.double().square().sum()
+        squares[int(is_expert), list(COMPONENTS).index(component_of(name))] += gradient.double().square().sum()
     dense, expert = squares
     torch.distributed.all_reduce(dense, group=pg_collection.mp)
     torch.distributed.all_reduce(expert, group=pg_collection.tp_ep_pp)

@@ -7,7 +7,7 @@ copy. Between steps the ranks ask each other whether all have written; then rank
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from megatron_mm1.checkpoint.format import (
     find_checkpoint,
     prune,
     record_of,
+    sweep,
 )
 from megatron_mm1.errors import UserError
 from megatron_mm1.parallel.device import device
@@ -41,7 +42,7 @@ class _Pending:
     partial: Path
     metadata: CheckpointMetadata
     strategy: "_Strategy"
-    thread: threading.Thread | None = None
+    thread: threading.Thread = field(init=False)
     error: str | None = None
     records: dict[str, FileRecord] = field(default_factory=dict)
     results: list[Any] = field(default_factory=list)
@@ -87,7 +88,7 @@ class CheckpointSaver:
             UserError: saving has failed more often than it may.
         """
         self.wait()
-        partial, error = _on_rank_0(lambda: begin(self.folder, metadata.iteration))
+        partial, error = _on_rank_0(lambda: self._begin(metadata.iteration))
         if error:
             return self._failed(error)
         apply_factories(state)
@@ -116,7 +117,7 @@ class CheckpointSaver:
         Raises:
             UserError: saving has failed more often than it may.
         """
-        if self._pending is None or self._pending.thread is None:
+        if self._pending is None:
             return
         written = torch.tensor([not self._pending.thread.is_alive()], dtype=torch.int32, device=device())
         torch.distributed.all_reduce(written, op=torch.distributed.ReduceOp.MIN)
@@ -129,9 +130,13 @@ class CheckpointSaver:
         Raises:
             UserError: saving has failed more often than it may.
         """
-        if self._pending is not None and self._pending.thread is not None:
+        if self._pending is not None:
             self._pending.thread.join()
             self._finish()
+
+    def _begin(self, iteration: int) -> Path:
+        sweep(self.folder)
+        return begin(self.folder, iteration)
 
     def _copy(self, state: dict[str, Any]) -> None:
         """Replace the tensors that this rank writes by copies in host memory, which the next save uses again."""
@@ -226,12 +231,11 @@ def _on_rank_0(action: Callable[[], Any]) -> tuple[Any, str | None]:
     if torch.distributed.get_rank() == 0:
         try:
             outcome = [(action(), None)]
-        except OSError as error:
-            outcome = [(None, str(error))]
+        except OSError as refusal:
+            outcome = [(None, str(refusal))]
     torch.distributed.broadcast_object_list(outcome, src=0)
-    result: Mapping[str, Any] | Any
-    result, error_text = outcome[0]
-    return result, error_text
+    result, error = outcome[0]
+    return result, error
 
 
 def save_checkpoint(folder: Path, metadata: CheckpointMetadata, state: dict[str, Any]) -> Path:

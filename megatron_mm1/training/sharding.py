@@ -82,7 +82,10 @@ def parts_of(parameter: torch.nn.Parameter, entry: ShardedTensor | ShardedTensor
         data = piece.data
         start = (data.data_ptr() - parameter.data_ptr()) // parameter.element_size()
         if not (data.is_contiguous() and 0 <= start <= parameter.numel() - data.numel()):
-            raise NotImplementedError(f"{piece.key} is no contiguous part of its parameter")
+            raise RuntimeError(
+                f"megatron-core describes {piece.key} as a copy or a strided view of its parameter, so there is no "
+                "telling which of the optimizer's numbers belong to it"
+            )
         yield Part(
             name=piece.key,
             start=start,

@@ -12,6 +12,7 @@ from megatron_mm1.checkpoint.format import (
     prune,
     read_manifest,
     read_metadata,
+    sweep,
     verify_files,
 )
 from megatron_mm1.config.presets import preset
@@ -85,11 +86,13 @@ def test_a_folder_without_its_manifest_is_no_checkpoint(tmp_path):
         find_checkpoint(checkpoint)
 
 
-def test_leftovers_of_a_killed_save_are_swept_up_by_the_next(tmp_path):
+def test_leftovers_of_a_killed_save_stay_until_they_are_swept_up(tmp_path):
     save(tmp_path, 1)
     (begin(tmp_path, 2) / "half").write_text("written")
     assert find_checkpoint(tmp_path).name == "step-00000001"
     save(tmp_path, 3)
+    assert (tmp_path / ".step-00000002.partial" / "half").exists()  # may be another program's save under way
+    sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001", "step-00000003"]
 
 
