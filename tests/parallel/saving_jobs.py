@@ -206,3 +206,20 @@ def error_of_loading(config: MM1Config, checkpoint: Path) -> str:
     finally:
         run.close()
     return ""
+
+
+def save_where_rank_1_fails(config: MM1Config, folder: Path) -> tuple[list[str], list[str]]:
+    """As `save_several`, where only one rank's disk refuses."""
+    from megatron_mm1.training import saving
+
+    write = saving._Strategy.write
+
+    def refuse(strategy: saving._Strategy) -> list[Any]:
+        raise OSError("Input/output error")
+
+    if torch.distributed.get_rank() == 1:
+        saving._Strategy.write = refuse  # type: ignore[method-assign]
+    try:
+        return save_several(config, folder, [1], {})
+    finally:
+        saving._Strategy.write = write  # type: ignore[method-assign]

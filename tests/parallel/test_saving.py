@@ -149,6 +149,13 @@ def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(pool, groups, 
     verify_files(find_checkpoint(small_disk))
 
 
+def test_what_one_rank_could_not_write_is_no_checkpoint_to_any(pool, tmp_path):
+    config = jobs.config_of("dense", "tensor_model_parallel_size=2")
+    for said, [error] in pool(2).run(jobs.save_where_rank_1_fails, config, tmp_path):
+        assert said == [] and "rank 1: OSError: Input/output error" in error
+    assert names(tmp_path) == []
+
+
 def test_a_folder_that_cannot_be_made_is_named(pool, tmp_path):
     (tmp_path / "taken").write_text("a file")
     [(said, errors)] = pool(1).run(jobs.save_several, jobs.config_of("dense"), tmp_path / "taken" / "runs", [1], {})
