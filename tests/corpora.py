@@ -21,7 +21,7 @@ from megatron_mm1.config.schema import (
 )
 from megatron_mm1.data.prepare import prepare
 from megatron_mm1.data.records import Document, Image, Text
-from megatron_mm1.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 
 WORDS = [
     "red",
@@ -61,7 +61,7 @@ def sentence(rng: np.random.Generator, words: int) -> str:
 def small_tokenizer(folder: Path) -> Tokenizer:
     rng = np.random.default_rng(0)
     train_tokenizer([sentence(rng, 12) for _ in range(200)], folder / "tokenizer.model", vocab_size=320)
-    return Tokenizer(folder / "tokenizer.model")
+    return open_tokenizer(folder / "tokenizer.model")
 
 
 def caption_documents(count: int, *, seed: int = 0) -> list[Document]:
@@ -90,7 +90,9 @@ def small_config(folder: Path, **data: object) -> MM1Config:
     """A run over two prepared sources in `folder` (made when first asked for)."""
     folder.mkdir(exist_ok=True)
     tokenizer = (
-        small_tokenizer(folder) if not (folder / "tokenizer.model").exists() else Tokenizer(folder / "tokenizer.model")
+        small_tokenizer(folder)
+        if not (folder / "tokenizer.model").exists()
+        else open_tokenizer(folder / "tokenizer.model")
     )
     for name, documents in (("captions", caption_documents), ("pages", page_documents)):
         for split, seed in (("train", 1), ("validation", 2)):

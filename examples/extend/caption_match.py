@@ -9,6 +9,7 @@ from pathlib import Path
 
 from csv_reader import CsvReader
 
+from megatron_mm1.data.records import Document
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.task import Item, Measure, Outcome
 
@@ -21,7 +22,8 @@ class CaptionMatch:
     def items(self) -> Sequence[Item]:
         if "PAIRS" not in os.environ:
             raise UserError("caption_match reads the CSV file named by the environment variable PAIRS: set it")
-        documents = list(CsvReader(Path(os.environ["PAIRS"])))
+        records = CsvReader(Path(os.environ["PAIRS"]))
+        documents = [record for record in records if isinstance(record, Document)]
         items = []
         for document, other in zip(documents, documents[1:] + documents[:1], strict=True):
             image, caption = document.parts

@@ -21,7 +21,7 @@ from megatron_mm1.config.loading import load_config
 from megatron_mm1.config.validation import validate
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.loader import train_batches
-from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm1.errors import UserError
 from megatron_mm1.parallel.device import layer_backend
 from megatron_mm1.parallel.groups import (
@@ -50,7 +50,7 @@ def bench_step_main(args: argparse.Namespace, config_arguments: Sequence[str]) -
     check_kind(config, args.synthetic)
     validate(config, world_size=launcher_ranks()[1])
     backend = layer_backend(config.training.layer_backend)
-    tokenizer = None if args.synthetic else Tokenizer(config.data.tokenizer)
+    tokenizer = None if args.synthetic else open_tokenizer(config.data.tokenizer)
     initialize_process_group(timeout_minutes=config.parallel.distributed_timeout_minutes)
     try:
         groups = build_process_groups(config.parallel, seed=config.training.seed)
@@ -94,7 +94,7 @@ def loaded_batches(
         tokenizer=tokenizer,
         dp_rank=dp.rank(),
         dp_size=dp.size(),
-        with_pixels=pp.rank() in (0, pp.size() - 1),  # the last stage leaves out what could not be decoded
+        with_pixels=pp.rank() == 0,
     )
 
 

@@ -274,9 +274,9 @@ def _smallest_world_size(parallel: ParallelConfig) -> int:
 
 def _image_token_id(config: MM1Config) -> int | None:
     """As the run's tokenizer has it; None where that is not at hand."""
-    from megatron_mm1.data.tokenizer import Tokenizer
+    from megatron_mm1.data.tokenizer import open_tokenizer
 
-    return Tokenizer(config.data.tokenizer).image_id if Path(config.data.tokenizer).is_file() else None
+    return open_tokenizer(config.data.tokenizer).image_id if Path(config.data.tokenizer).is_file() else None
 
 
 def _check_tokenizer(metadata: CheckpointMetadata, tokenizer: Path) -> None:
@@ -294,9 +294,9 @@ def _check_tokenizer(metadata: CheckpointMetadata, tokenizer: Path) -> None:
 
 
 def _fingerprint(tokenizer: Path) -> str:
-    from megatron_mm1.data.tokenizer import Tokenizer
+    from megatron_mm1.data.tokenizer import open_tokenizer
 
-    return Tokenizer(str(tokenizer)).fingerprint
+    return open_tokenizer(str(tokenizer)).fingerprint
 
 
 def _write(

@@ -45,6 +45,9 @@ _CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.
 _PIXELS = {"clip": _CLIP_PIXELS, "open_clip": _CLIP_PIXELS, "siglip": ((0.5,) * 3, (0.5,) * 3)}
 """Mean and standard deviation of the pixels the published models were trained on."""
 
+_RESIZES: Mapping[Any, Literal["squash", "shorter_side_crop"]] = {"squash": "squash", "shortest": "shorter_side_crop"}
+"""open_clip's names of how an image becomes a square, and ours; transformers' vision configuration does not say."""
+
 _OPEN_CLIP_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attentional_pool": (False, None),
     "block_type": (None, "default"),
@@ -89,6 +92,7 @@ def import_tower_config(family: str, theirs: Config, *, base: VisionConfig) -> V
         class_token=clip,
         pre_layernorm=clip and not values.get("no_ln_pre", False),
         patch_bias=not clip,
+        image_resize=_RESIZES.get(values.get("resize_mode"), base.image_resize),
         image_mean=pixels[0],
         image_std=pixels[1],
     )
@@ -102,6 +106,8 @@ def _unsupported(values: Config) -> Iterator[str]:
         yield f"layers {values['num_hidden_layers']}: that is a ResNet, supported are vision transformers"
     if values["hidden_act"] not in ACTIVATIONS:
         yield f"activation {values['hidden_act']}: supported are {', '.join(ACTIVATIONS)}"
+    if values.get("resize_mode") not in (None, *_RESIZES):
+        yield f"resize_mode {values['resize_mode']}: supported are {', '.join(_RESIZES)}"
     if values["num_channels"] != 3:
         yield f"num_channels {values['num_channels']}: images here have 3"
     for key in ("image_size", "patch_size"):
@@ -133,6 +139,7 @@ def _open_clip_values(theirs: Config) -> tuple[dict[str, Any], tuple[Any, Any]]:
         "num_hidden_layers": values["layers"],
         "num_attention_heads": width // head_width,
         "num_channels": 3,
+        "resize_mode": pixels.get("resize_mode"),
         "hidden_act": activation,
         "layer_norm_eps": norm.get("eps", 1e-5),
     }
@@ -188,7 +195,12 @@ def _export_open_clip(vision: VisionConfig) -> dict[str, Any]:
             "quick_gelu": vision.activation == "quick_gelu",
             "vision_cfg": cfg,
         },
-        "preprocess_cfg": {"mean": list(vision.image_mean), "std": list(vision.image_std)},
+        "preprocess_cfg": {
+            "mean": list(vision.image_mean),
+            "std": list(vision.image_std),
+            "interpolation": "bicubic",
+            "resize_mode": next(theirs for theirs, ours in _RESIZES.items() if ours == vision.image_resize),
+        },
     }
 
 

@@ -91,7 +91,10 @@ def describe_type(annotation: Any) -> str:
         return f"a list of {len(arguments)} {arguments[0].__name__}s"
     if group := group_class(annotation):
         return f"{{{', '.join(field_types(group))}}}"
-    return "a mapping" if typing.get_origin(annotation) is dict else annotation.__name__
+    if typing.get_origin(annotation) is dict:
+        _, of = typing.get_args(annotation)
+        return "a mapping" if of is Any else f"a mapping to {describe_type(of)}"
+    return annotation.__name__
 
 
 @cache

@@ -35,6 +35,10 @@ class VisionConfig:
     """Whose output is the image feature: -1 the last block, -2 the one before (LLaVA); later blocks are not built."""
     final_layernorm: bool = True
     """Apply the tower's last layer norm to the features; LLaVA does not."""
+    image_resize: Literal["squash", "shorter_side_crop"] = "squash"
+    """How an image becomes a square: all of it resized (MM1, DFN), or its shorter side resized and the centre taken
+    (OpenAI's CLIP).
+    """
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -156,15 +160,32 @@ class SourceConfig:
     name: str
     path: str
     weight: float = 1.0
-    """Share of sequences packed from this source, relative to the other weights."""
+    """Share of the mixture, relative to the other weights, in `data.mixture_unit`."""
+    max_epochs: float | None = None
+    """Training sees it no more often than this; then its share goes to the other sources. None: without end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumPhase:
+    """Another mixture from one step of training on; what came before is not changed by it."""
+
+    step: int
+    weights: dict[str, float]
+    """By name of the source; one that is left out gives nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     tokenizer: str = ""
-    """SentencePiece model file."""
+    """SentencePiece model file, or tokenizer.json of Hugging Face."""
     sources: tuple[SourceConfig, ...] = ()
-    """Training mixture; a sequence is packed from one source. MM1: 45 % captions, 45 % interleaved, 10 % text [P]."""
+    """Training mixture. MM1: 45 % captions, 45 % interleaved, 10 % text [P]."""
+    curriculum: tuple[CurriculumPhase, ...] = ()
+    """Later mixtures of the same sources, by increasing step; before the first the sources' own weights hold."""
+    mixture_unit: Literal["sequences", "tokens", "examples"] = "sequences"
+    """What weights are shares of: sequences [P], filled positions (of text and images), or documents."""
+    packing: Literal["single_source", "mixed"] = "single_source"
+    """Pack each sequence from one source [P], or from all of them, which fills sequences better."""
     validation: tuple[SourceConfig, ...] = ()
     """Held-out sets; each is reported on its own, so weights are ignored here."""
     seq_length: int = 4096
@@ -175,8 +196,23 @@ class DataConfig:
     """Sequences kept open while packing best-fit."""
     text_only: bool = False
     """Leave every image and its slots out: the same examples in the same sequences, seen blind."""
+    image_tiling: Literal["none", "overview_and_crops", "dynamic"] = "none"
+    """Several encoded images for one of high resolution: "overview_and_crops" the whole and its quarters (MM1 [P]),
+    "dynamic" the grid that suits it, where its document has no more than two images (MM1.5).
+    """
+    min_image_tiles: int = 1
+    max_image_tiles: int = 4
+    """Tiles of a dynamic grid, the overview not counted."""
+    random_resized_crop: tuple[float, float] | None = None
+    """Train on a random part of each image, its area between these shares of the whole; never in validation."""
+    image_decoder: Literal["cpu", "gpu"] = "cpu"
+    """Where training images are decoded and resized; validation always does it on the CPU."""
     num_workers: int = 2
     """Loader processes per rank; 0 decodes in a thread of the training process."""
+    prefetch_factor: int = 2
+    """Microbatches that each loader process, or the thread, keeps ready."""
+    max_worker_restarts: int = 3
+    """Deaths of loader processes without a microbatch between them that are made good; one more ends the run."""
     seed: int = 1234
     """Seed of order and packing."""
 
@@ -253,6 +289,10 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay; None: all."""
     keep_every: int | None = None
     """Checkpoints at multiples of so many steps stay in spite of `keep_last`."""
+    accept_other_data: bool = False
+    """Go on from `load` or the run's own checkpoint with another data plan than it was trained on, from the same number
+    of sequences.
+    """
     max_save_failures: int = 2
     """Checkpoints in a row that may fail to be written (a full disk); one more, or the last one, ends the run."""
 

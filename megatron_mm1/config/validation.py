@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_mm1.config import layout_rules
 from megatron_mm1.config.derived import head_dim, num_patches, num_query_groups, num_vision_blocks
@@ -44,7 +45,11 @@ MINIMUM: dict[str, int] = {
     "data.seq_length": 2,
     "data.max_images_per_sequence": 0,
     "data.packing_lookahead": 1,
+    "data.min_image_tiles": 1,
+    "data.max_image_tiles": 1,
     "data.num_workers": 0,
+    "data.prefetch_factor": 1,
+    "data.max_worker_restarts": 0,
     "training.micro_batch_size": 1,
     "training.global_batch_size": 1,
     "training.train_iters": 1,
@@ -191,6 +196,15 @@ def _sequence(config: MM1Config, world_size: int) -> Iterator[str]:
         )
 
 
+def _images(config: MM1Config, world_size: int) -> Iterator[str]:
+    data = config.data
+    if data.min_image_tiles > data.max_image_tiles:
+        yield f"min_image_tiles {data.min_image_tiles} is more than max_image_tiles {data.max_image_tiles}: lower it"
+    shares = data.random_resized_crop
+    if shares is not None and not 0 < shares[0] <= shares[1] <= 1:
+        yield f"data.random_resized_crop {list(shares)} is no range of shares of an area: use two of 0 to 1, in order"
+
+
 def _sources(config: MM1Config, world_size: int) -> Iterator[str]:
     def duplicates(key: str, sources: tuple[SourceConfig, ...]) -> Iterator[str]:
         names = [source.name for source in sources]
@@ -205,6 +219,36 @@ def _sources(config: MM1Config, world_size: int) -> Iterator[str]:
             yield f"the weight {weight} of source {name!r} is not a share: use 0 or more"
     if weights and not any(weights.values()):
         yield f"the weights of data.sources ({', '.join(weights)}) are all 0: give one of them more"
+    for source in config.data.sources:
+        if source.max_epochs is not None and not source.max_epochs > 0:
+            yield f"max_epochs {source.max_epochs} of source {source.name!r} is nothing to train on: use more than 0"
+
+
+def _mixture(config: MM1Config, world_size: int) -> Iterator[str]:
+    data = config.data
+    names = {source.name for source in data.sources}
+    steps = [phase.step for phase in data.curriculum]
+    if any(later <= earlier for earlier, later in pairwise([0, *steps])):
+        yield f"the steps of data.curriculum {steps} must be above 0 and increase: put the phases in order"
+    for number, phase in enumerate(data.curriculum):
+        if unknown := sorted(set(phase.weights) - names):
+            yield (
+                f"data.curriculum[{number}] gives weights to {', '.join(unknown)}, which data.sources "
+                f"({', '.join(sorted(names))}) does not have: name its sources"
+            )
+        if not all(0 <= weight < math.inf for weight in phase.weights.values()) or not any(phase.weights.values()):
+            yield f"the weights of data.curriculum[{number}] {phase.weights} are no shares: use 0 or more, not all 0"
+    if data.packing == "mixed":
+        if data.mixture_unit == "sequences":
+            yield (
+                'with data.packing "mixed" a sequence holds several sources, so weights cannot be shares of sequences: '
+                'set data.mixture_unit to "tokens" or "examples"'
+            )
+        if capped := [source.name for source in data.sources if source.max_epochs is not None]:
+            yield (
+                f'max_epochs of {", ".join(capped)} needs data.packing "single_source": with "mixed" every source is '
+                "seen in fixed proportion to the others"
+            )
 
 
 def _optimizer(config: MM1Config, world_size: int) -> Iterator[str]:
@@ -245,7 +289,9 @@ RULES = (
     Rule(("parallel.pipeline", "parallel.virtual", "model.decoder.num_layers"), layout_rules.pipeline),
     Rule((), _freeze),
     Rule(("data.seq_length", "data.max_images", "model.connector.tokens"), _sequence),
+    Rule(("data.min_image", "data.max_image_tiles"), _images),
     Rule((), _sources),
+    Rule((), _mixture),
     Rule((), _optimizer),
     Rule(("optimizer.lr_", "training.train_iters"), _schedule),
     Rule((), _checkpoint),

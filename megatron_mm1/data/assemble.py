@@ -1,14 +1,19 @@
 """Pieces of documents -> one PackedBatch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
-from megatron_mm1.data.images import ImageProcessor
+from megatron_mm1.data.images.augmentation import RandomResizedCrop
+from megatron_mm1.data.images.preprocessing import EncodedImage
 from megatron_mm1.data.source import Piece
+from megatron_mm1.data.tiling import Tiling
+from megatron_mm1.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -16,14 +21,25 @@ class Row:
     """One sequence to be assembled.
 
     Attributes:
-        source: index of the source in the mixture.
+        sources: index of each piece's source in the mixture.
         pieces: its examples in order; together they fit the sequence.
         trained: False for a row that only fills up a microbatch: none of its positions gets a label.
+        grids: for each piece the grids of its images, [n, 2] (rows, columns); None where images are not tiled.
+        index: place of the sequence in the order of training, which decides how its images are cropped; None where
+            they are not, in validation.
     """
 
-    source: int
+    sources: Sequence[int]
     pieces: Sequence[Piece]
     trained: bool = True
+    grids: Sequence[np.ndarray] | None = None
+    index: int | None = None
+
+
+class FillsImages(Protocol):
+    """Puts the pixels of images into their group; `images` in the order of the group's slots, tiled as they say."""
+
+    def fill(self, group: ImageGroup, images: Sequence[EncodedImage]) -> ImageGroup: ...
 
 
 @dataclass(frozen=True)
@@ -32,11 +48,13 @@ class Assembler:
 
     Attributes:
         seq_length: S.
-        tokens_per_image: positions of an image.
+        tokens_per_image: positions of an image, and of each of its tiles.
         image_id, pad_id: token ids.
         image_size: side of the images, px.
         text_only: leave every image and its positions out.
         processor: turns image bytes into pixels; None on ranks that do not encode.
+        tiling: tells how many tiles a grid has, and their order.
+        crop: random crops of the images of rows that have an `index`.
     """
 
     seq_length: int
@@ -45,59 +63,98 @@ class Assembler:
     pad_id: int
     image_size: int
     text_only: bool = False
-    processor: ImageProcessor | None = None
+    processor: FillsImages | None = None
+    tiling: Tiling = field(default_factory=Tiling)
+    crop: RandomResizedCrop | None = None
 
     def __call__(self, rows: Sequence[Row]) -> PackedBatch:
         """The batch of `rows`.
 
         A label is the next token where that is a trained token of the same example, so the last position of an image
-        predicts the text behind it. An example with an image that cannot be decoded keeps its place and gets no label.
+        predicts the text behind it. An example with a damaged image keeps its place and gets no label. The positions
+        behind the last example count to its source.
+
+        Raises:
+            UserError: the pieces of a row do not fit the sequence.
         """
         shape = (len(rows), self.seq_length)
         tokens = np.full(shape, self.pad_id, np.int64)
         labels = np.full(shape, IGNORE, np.int64)
         position_ids = np.zeros(shape, np.int64)
         segment_ids = np.zeros(shape, np.int32)
-        slots: list[np.ndarray] = []
-        encoded: list[bytes] = []
-        owner: list[tuple[int, int]] = []
+        source_ids = np.zeros(shape, np.int64)
+        images = _Images()
         for b, row in enumerate(rows):
-            start = 0
-            for segment, piece in enumerate(row.pieces, 1):
-                ids, trained = self._expand(piece)
+            start = number = 0
+            for segment, (source, piece) in enumerate(zip(row.sources, row.pieces, strict=True), 1):
+                grids = self._grids(row, segment - 1)
+                ids, trained = self._expand(piece, grids)
                 stop = start + len(ids)
+                self._check_fit(stop)
                 tokens[b, start:stop] = ids
-                if row.trained:
+                if row.trained and None not in piece.images:
                     labels[b, start : max(start, stop - 1)] = np.where(trained[1:], ids[1:], IGNORE)
                 position_ids[b, start:stop] = np.arange(len(ids))
                 segment_ids[b, start:stop] = segment
+                source_ids[b, start:] = source
                 if not self.text_only:
-                    slots.append(b * self.seq_length + start + np.flatnonzero(ids == self.image_id))
-                    encoded += piece.images
-                    owner += [(b, segment)] * len(piece.images)
+                    images.slots.append(b * self.seq_length + start + np.flatnonzero(ids == self.image_id))
+                    images.encoded += self._encoded(row, piece, grids=grids, number=number)
+                    images.tiles += [self._tile_index(k, grid) for k, grid in enumerate(grids.tolist())]
+                number += len(piece.images)
                 start = stop
-        images: tuple[ImageGroup, ...] = ()
-        if encoded:
-            pixels = None
-            if self.processor is not None:
-                pixels, decoded = self.processor(encoded)
-                for (b, segment), usable in zip(owner, decoded, strict=True):
-                    if not usable:
-                        labels[b, segment_ids[b] == segment] = IGNORE
-            flat = torch.from_numpy(np.concatenate(slots)).view(len(encoded), self.tokens_per_image)
-            images = (ImageGroup(slots=flat, height=self.image_size, width=self.image_size, pixels=pixels),)
-        source_ids = np.repeat(np.array([[row.source] for row in rows], np.int64), self.seq_length, axis=1)
         return PackedBatch(
             tokens=torch.from_numpy(tokens),
             labels=torch.from_numpy(labels),
             position_ids=torch.from_numpy(position_ids),
             segment_ids=torch.from_numpy(segment_ids),
             source_ids=torch.from_numpy(source_ids),
-            images=images,
+            images=(self._group(images),) if images.encoded else (),
         )
 
-    def _expand(self, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+    def _grids(self, row: Row, piece: int) -> np.ndarray:
+        return np.ones((len(row.pieces[piece].images), 2), np.int64) if row.grids is None else row.grids[piece]
+
+    def _expand(self, piece: Piece, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and trained flags with each image at its full length, or gone."""
-        per_image = 0 if self.text_only else self.tokens_per_image
-        repeats = np.where(piece.tokens == self.image_id, per_image, 1)
+        is_image = piece.tokens == self.image_id
+        repeats = np.ones(len(piece.tokens), np.int64)
+        repeats[is_image] = 0 if self.text_only else self.tokens_per_image * self.tiling.tiles_of_grids(grids)
         return np.repeat(piece.tokens, repeats), np.repeat(piece.trained, repeats)
+
+    def _check_fit(self, positions: int) -> None:
+        if positions > self.seq_length:
+            raise UserError(
+                f"a sequence was packed with at least {positions} positions and data.seq_length is {self.seq_length}: "
+                "the sizes of its images are not those it was packed by; prepare the data again"
+            )
+
+    def _encoded(self, row: Row, piece: Piece, *, grids: np.ndarray, number: int) -> list[EncodedImage]:
+        """The images of a piece, whose first has `number` in its sequence."""
+        crops = None
+        if self.crop is not None and row.index is not None:
+            crops = partial(self.crop.box, sequence=row.index)
+        return [
+            EncodedImage(data, (rows, columns), None if crops is None else partial(crops, image=number + k))
+            for k, (data, (rows, columns)) in enumerate(zip(piece.images, grids.tolist(), strict=True))
+        ]
+
+    def _tile_index(self, image: int, grid: list[int]) -> np.ndarray:
+        """[tiles, 3] (image, row, column)."""
+        places = self.tiling.places((grid[0], grid[1]))
+        return np.concatenate([np.full((len(places), 1), image), places], axis=1)
+
+    def _group(self, images: "_Images") -> ImageGroup:
+        slots = torch.from_numpy(np.concatenate(images.slots)).view(-1, self.tokens_per_image)
+        tile_index = None if self.tiling.kind == "none" else torch.from_numpy(np.concatenate(images.tiles))
+        group = ImageGroup(slots=slots, height=self.image_size, width=self.image_size, tile_index=tile_index)
+        return group if self.processor is None else self.processor.fill(group, images.encoded)
+
+
+@dataclass
+class _Images:
+    """What the rows' images add up to."""
+
+    slots: list[np.ndarray] = field(default_factory=list)
+    encoded: list[EncodedImage] = field(default_factory=list)
+    tiles: list[np.ndarray] = field(default_factory=list)

@@ -1,6 +1,8 @@
 """The batch: one structure, computed once by the loader; nothing downstream recomputes any of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,20 +11,55 @@ IGNORE = -100
 """Label of a position that is not trained: image slots, padding, an example's last position, untrained turns."""
 
 
+class DeviceImages(Protocol):
+    """Images that are decoded on the device that uses them."""
+
+    def pixels(self, device: torch.device) -> Tensor:
+        """[N, 3, H, W] float32, normalised."""
+        ...
+
+
 @dataclass(frozen=True)
 class ImageGroup:
-    """Images of one size.
+    """Images of one size; a tile of a larger image is an image here.
 
     Attributes:
         slots: [N, tokens_per_image] int64, flat indices into [B * S] where each image's tokens go.
         height, width: px.
-        pixels: [N, 3, H, W] float32, normalised; None on ranks that do not encode.
+        pixels: [N, 3, H, W] float32, normalised; or uint8, which `to` normalises by `normalization`; None on ranks that
+            do not encode.
+        tile_index: [N, 3] int64 (k, i, j), row i and column j of the tile in image k of its example, -1 and -1 for a
+            whole image; None where no image is cut into tiles.
+        encoded: in the place of pixels what `to` decodes.
     """
 
     slots: Tensor
     height: int
     width: int
     pixels: Tensor | None = None
+    tile_index: Tensor | None = None
+    normalization: Callable[[Tensor], Tensor] | None = None
+    encoded: DeviceImages | None = None
+
+    def without_pixels(self) -> "ImageGroup":
+        return replace(self, pixels=None, normalization=None, encoded=None)
+
+    def to(self, device: torch.device) -> "ImageGroup":
+        """The same images on `device`, normalised."""
+        pixels = self.pixels
+        if self.encoded is not None:
+            pixels = self.encoded.pixels(device)
+        elif pixels is not None:
+            pixels = pixels.to(device, non_blocking=True)
+            pixels = pixels if self.normalization is None else self.normalization(pixels)
+        return replace(
+            self,
+            slots=self.slots.to(device, non_blocking=True),
+            pixels=pixels,
+            tile_index=None if self.tile_index is None else self.tile_index.to(device, non_blocking=True),
+            normalization=None,
+            encoded=None,
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +113,7 @@ class PackedBatch:
 
     def without_pixels(self) -> "PackedBatch":
         """The same batch for a stage that does not encode."""
-        return replace(self, images=tuple(replace(group, pixels=None) for group in self.images))
+        return replace(self, images=tuple(group.without_pixels() for group in self.images))
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on `device`; boundaries are computed here, while the batch is still on the host."""
@@ -84,10 +121,6 @@ class PackedBatch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
-        images = tuple(
-            replace(group, slots=move(group.slots), pixels=None if group.pixels is None else move(group.pixels))
-            for group in self.images
-        )
         boundaries = self.boundaries or Boundaries.of(self.segment_ids)
         return PackedBatch(
             tokens=move(self.tokens),
@@ -95,6 +128,6 @@ class PackedBatch:
             position_ids=move(self.position_ids),
             segment_ids=move(self.segment_ids),
             source_ids=move(self.source_ids),
-            images=images,
+            images=tuple(group.to(device) for group in self.images),
             boundaries=replace(boundaries, cu_seqlens=move(boundaries.cu_seqlens)),
         )

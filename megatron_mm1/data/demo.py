@@ -21,13 +21,14 @@ from megatron_mm1.data.demo_downloads import fetch_packages
 from megatron_mm1.data.files import replace_file
 from megatron_mm1.data.prepare import prepare
 from megatron_mm1.data.readers import READERS
-from megatron_mm1.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm1.data.tokenizer import open_tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
 
 DEMO_CORPUS = Path(".cache/demo-corpus")
 SPLITS = ("train", "validation")
-_VERSION = 2
+DATA_SETS = ("captions", "interleaved", "questions", "text")
+_VERSION = 3
 _VOCAB_SIZE = 4096
 _LICENCES = {
     "emoji-datasource-twitter": "pictures CC-BY 4.0 (Twemoji), names and categories MIT",
@@ -75,7 +76,7 @@ def _build(folder: Path, *, seed: int) -> dict[str, Any]:
     paragraphs = [value for _, blocks in pages for kind, value in blocks if kind == "text"]
     texts = captions["train"] + questions[::8] + paragraphs + glosses[::4]
     train_tokenizer(texts, folder / "tokenizer.model", vocab_size=_VOCAB_SIZE)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = open_tokenizer(folder / "tokenizer.model")
     demo_pages.write_interleaved(
         raw / "interleaved",
         pages,
@@ -85,12 +86,13 @@ def _build(folder: Path, *, seed: int) -> dict[str, Any]:
     )
     log.info("demo corpus: preparing")
     counts: dict[str, dict[str, dict[str, int]]] = {}
-    for name, reader in READERS.items():
+    for name in DATA_SETS:
         for split in SPLITS:
-            documents = reader(raw / name / split)
-            counts.setdefault(name, {})[split] = prepare(
+            documents = READERS[name](raw / name / split)
+            manifest = prepare(
                 documents, tokenizer=tokenizer, output=prepared / name / split, origin={"demo corpus": str(_VERSION)}
             )
+            counts.setdefault(name, {})[split] = dict(manifest.counts)
     return {
         "version": _VERSION,
         "seed": seed,
@@ -108,7 +110,7 @@ def _read_corpus(folder: Path, seed: int) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     complete = (folder / "tokenizer.model").is_file() and all(
-        (folder / "prepared" / name / split / "manifest.json").is_file() for name in READERS for split in SPLITS
+        (folder / "prepared" / name / split / "manifest.json").is_file() for name in DATA_SETS for split in SPLITS
     )
     return corpus if complete and (corpus.get("version"), corpus.get("seed")) == (_VERSION, seed) else None
 

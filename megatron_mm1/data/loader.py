@@ -5,64 +5,42 @@ the data-parallel ranks by their images (`data.balance`): every data-parallel si
 run resumes from the number of sequences it has consumed.
 """
 
-import itertools
-import os
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain, count
 
-from torch.utils.data import DataLoader, Dataset
+import numpy as np
 
-from megatron_mm1.config.schema import MM1Config, SourceConfig
-from megatron_mm1.data.assemble import Assembler, Row
+from megatron_mm1.config.schema import MM1Config
+from megatron_mm1.data.assemble import Assembler, FillsImages, Row
 from megatron_mm1.data.balance import Dealer
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.images import ImageProcessor
-from megatron_mm1.data.mixture import PackedSource, PackingLimits, Plan
-from megatron_mm1.data.source import IndexedSource
+from megatron_mm1.data.images.augmentation import RandomResizedCrop
+from megatron_mm1.data.images.device import DeviceProcessor, check_gpu_decoder
+from megatron_mm1.data.mixture import Plan
+from megatron_mm1.data.plan import Sources, TrainingData, packed_alone, training_data
+from megatron_mm1.data.pools import PackedStream, PieceOf
+from megatron_mm1.data.source import Piece
+from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.data.workers import WorkerPool, from_thread, from_workers
 from megatron_mm1.errors import UserError
 
-_PREFETCH = 2
-"""Microbatches that each worker, or the thread, keeps ready."""
 
+@dataclass(frozen=True)
+class PlannedRow:
+    """A sequence to be read.
 
-def packing_limits(config: MM1Config) -> PackingLimits:
-    """What a sequence of this run holds."""
-    return PackingLimits(
-        seq_length=config.data.seq_length,
-        max_images=config.data.max_images_per_sequence,
-        tokens_per_image=config.model.connector.tokens_per_image,
-        lookahead=config.data.packing_lookahead,
-    )
-
-
-def open_source(config: MM1Config, source: SourceConfig, *, tokenizer: Tokenizer) -> PackedSource:
-    """Open and pack one source.
-
-    Raises:
-        UserError: it is missing or damaged, was prepared with another tokenizer, or the tokenizer has too many pieces.
+    Attributes:
+        pieces: of documents, in order.
+        trained, index: see `Row`.
     """
-    if tokenizer.vocab_size > config.model.decoder.vocab_size:
-        raise UserError(
-            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, model.decoder.vocab_size is "
-            f"{config.model.decoder.vocab_size}: raise it to at least {tokenizer.vocab_size}"
-        )
-    indexed = IndexedSource(source.path, tokenizer_fingerprint=tokenizer.fingerprint)
-    return PackedSource(source.name, indexed, limits=packing_limits(config), seed=config.data.seed)
 
-
-def training_plan(config: MM1Config, *, tokenizer: Tokenizer) -> Plan:
-    """The order of training; its `fingerprint` names it."""
-    return Plan(
-        [open_source(config, source, tokenizer=tokenizer) for source in config.data.sources],
-        weights=[source.weight for source in config.data.sources],
-        limits=packing_limits(config),
-        seed=config.data.seed,
-    )
+    pieces: Sequence[PieceOf]
+    trained: bool = True
+    index: int | None = None
 
 
 def train_batches(
@@ -73,18 +51,19 @@ def train_batches(
     dp_size: int,
     consumed_sequences: int = 0,
     with_pixels: bool = True,
-    plan: Plan | None = None,
+    data: TrainingData | None = None,
 ) -> Iterator[PackedBatch]:
     """This rank's microbatches, without end; close the iterator to stop its workers.
 
     Args:
         consumed_sequences: sequences of the plan that the run has used on all ranks together, a whole number of global
             batches.
-        with_pixels: decode images; without, batches have their slots and no pixels.
-        plan: `training_plan(config, ..)` where the caller has it already.
+        with_pixels: decode images, where this rank encodes them; without, batches are the same but for the pixels.
+        data: `training_data(config, ..)` where the caller has it already.
 
     Raises:
-        UserError: see `open_source`, also from inside a worker; or consumed_sequences ends inside a global batch.
+        UserError: see `training_data`, also from inside a worker; consumed_sequences ends inside a global batch; images
+            are to be decoded on a GPU and there is none; or workers die over and over.
     """
     done, rest = divmod(consumed_sequences, config.training.global_batch_size)
     if rest:
@@ -92,17 +71,28 @@ def train_batches(
             f"consumed_sequences {consumed_sequences} is not a multiple of training.global_batch_size "
             f"{config.training.global_batch_size}: a run resumes between steps, with the global batch size it had"
         )
-    plan = plan or training_plan(config, tokenizer=tokenizer)
-    batches = _TrainingBatches(
-        plan=plan,
-        assembler=_assembler(config, tokenizer=tokenizer, with_pixels=with_pixels),
-        micro_batch_size=config.training.micro_batch_size,
+    on_gpu = with_pixels and config.data.image_decoder == "gpu" and not config.data.text_only
+    if on_gpu:
+        check_gpu_decoder()
+    data = data or training_data(config, tokenizer=tokenizer)
+    processor = ImageProcessor.of(config) if with_pixels else None
+    read = _Batches(
+        data.sources,
+        _assembler(
+            config, tokenizer=tokenizer, processor=DeviceProcessor(processor) if processor and on_gpu else processor
+        ),
     )
-    dealer = Dealer.of(config, plan, dp_size=dp_size)
-    indices = itertools.chain.from_iterable(map(partial(dealer.microbatches, dp_rank=dp_rank), itertools.count(done)))
+    dealer = Dealer.of(config, data.plan, dp_size=dp_size)
+    microbatches = chain.from_iterable(map(partial(dealer.microbatches, dp_rank=dp_rank), count(done)))
+    planned = map(partial(_planned, data.plan, config.training.micro_batch_size), microbatches)
     if config.data.num_workers and with_pixels:
-        return _from_workers(_worker_loader(batches, indices, num_workers=config.data.num_workers))
-    return _from_thread(batches, indices)
+        return from_workers(_pool(config, read, num_workers=config.data.num_workers), planned)
+    return from_thread(read, planned, prefetch=config.data.prefetch_factor)
+
+
+def _planned(plan: Plan, micro_batch_size: int, microbatch: int) -> list[PlannedRow]:
+    first = microbatch * micro_batch_size
+    return [PlannedRow(plan.sequence(index), index=index) for index in range(first, first + micro_batch_size)]
 
 
 def validation_batches(
@@ -114,165 +104,68 @@ def validation_batches(
     is too small, or dp_size does not divide eval_iters) a sequence is repeated without labels. `source_ids` count
     the validation sources. Use one pass at a time: they share one worker.
     """
-    sources = [open_source(config, source, tokenizer=tokenizer) for source in config.data.validation]
-    batches = _ValidationBatches(
-        sources=sources,
-        assembler=_assembler(config, tokenizer=tokenizer, with_pixels=with_pixels),
-        micro_batch_size=config.training.micro_batch_size,
-        eval_iters=config.training.eval_iters,
-    )
-    indices = _Indices()
-    loader = None
-    if config.data.num_workers and with_pixels and sources:
-        loader = _worker_loader(batches, indices, num_workers=1)
+    sources = Sources(config, config.data.validation, tokenizer=tokenizer)
+    streams = [packed_alone(config, sources, number) for number in range(len(sources))]
+    processor = ImageProcessor.of(config) if with_pixels else None
+    read = _Batches(sources, _assembler(config, tokenizer=tokenizer, processor=processor))
+    micro_batch_size, eval_iters = config.training.micro_batch_size, config.training.eval_iters
+    pool = _pool(config, read, num_workers=1) if config.data.num_workers and with_pixels else None
 
-    def start(source: int) -> Iterator[PackedBatch]:
-        rounds = -(-config.training.eval_iters // dp_size)
-        mine = [(source, round_ * dp_size + dp_rank) for round_ in range(rounds)]
-        if loader is None:
-            return _from_thread(batches, mine)
-        indices.values = mine
-        return _from_workers(loader)
+    def rows(stream: PackedStream, microbatch: int) -> list[PlannedRow]:
+        end = min(len(stream), eval_iters * micro_batch_size)
+        first = microbatch * micro_batch_size
+        indices = range(first, first + micro_batch_size)
+        return [PlannedRow(stream.sequence(index % end), trained=index < end) for index in indices]
 
-    return {source.name: partial(start, number) for number, source in enumerate(sources)}
+    def start(stream: PackedStream) -> Iterator[PackedBatch]:
+        rounds = -(-eval_iters // dp_size)
+        mine = (rows(stream, round_ * dp_size + dp_rank) for round_ in range(rounds))
+        return from_thread(read, mine, prefetch=config.data.prefetch_factor) if pool is None else pool.run(mine)
+
+    return {name: partial(start, stream) for name, stream in zip(sources.names, streams, strict=True)}
 
 
-def _assembler(config: MM1Config, *, tokenizer: Tokenizer, with_pixels: bool) -> Assembler:
-    vision = config.model.vision
-    processor = ImageProcessor(vision.image_size, vision.image_mean, vision.image_std) if with_pixels else None
+def _assembler(config: MM1Config, *, tokenizer: Tokenizer, processor: FillsImages | None) -> Assembler:
+    shares = config.data.random_resized_crop
     return Assembler(
         seq_length=config.data.seq_length,
         tokens_per_image=config.model.connector.tokens_per_image,
         image_id=tokenizer.image_id,
         pad_id=tokenizer.pad_id,
-        image_size=vision.image_size,
+        image_size=config.model.vision.image_size,
         text_only=config.data.text_only,
         processor=processor,
+        tiling=Tiling.of(config),
+        crop=None if shares is None else RandomResizedCrop(*shares, seed=config.data.seed),
+    )
+
+
+def _pool(config: MM1Config, read: "_Batches", *, num_workers: int) -> WorkerPool:
+    data = config.data
+    return WorkerPool(
+        read, num_workers=num_workers, prefetch=data.prefetch_factor, max_restarts=data.max_worker_restarts
     )
 
 
 @dataclass(frozen=True)
-class _TrainingBatches(Dataset):
-    plan: Plan
+class _Batches:
+    """Reads and assembles planned rows; the same rows give the same batch, in any process."""
+
+    sources: Sources
     assembler: Assembler
-    micro_batch_size: int
 
-    def __getitem__(self, microbatch: int) -> PackedBatch:
-        first = microbatch * self.micro_batch_size
-        rows = []
-        for index in range(first, first + self.micro_batch_size):
-            source, own = self.plan.locate(index)
-            rows.append(Row(source, self.plan.sources[source].pieces(own)))
-        return self.assembler(rows)
+    def __call__(self, rows: Sequence[PlannedRow]) -> PackedBatch:
+        return self.assembler([self._row(row) for row in rows])
 
+    def _row(self, row: PlannedRow) -> Row:
+        pieces = self.sources.read(row.pieces)
+        grids = None
+        if self.assembler.tiling.kind != "none":
+            grids = [self._grids(of, piece) for of, piece in zip(row.pieces, pieces, strict=True)]
+        numbers = [piece.source for piece in row.pieces]
+        return Row(numbers, pieces, trained=row.trained, grids=grids, index=row.index)
 
-@dataclass(frozen=True)
-class _ValidationBatches(Dataset):
-    sources: Sequence[PackedSource]
-    assembler: Assembler
-    micro_batch_size: int
-    eval_iters: int
-
-    def __getitem__(self, key: tuple[int, int]) -> PackedBatch:
-        number, microbatch = key
-        source = self.sources[number]
-        end = min(len(source), self.eval_iters * self.micro_batch_size)
-        first = microbatch * self.micro_batch_size
-        return self.assembler(
-            [
-                Row(number, source.pieces(index % end), trained=index < end)
-                for index in range(first, first + self.micro_batch_size)
-            ]
-        )
-
-
-class _Indices:
-    """What a loader visits next: set before each pass."""
-
-    values: Sequence[Any] = ()
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.values)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A user's error on its way out of a worker (the loader would wrap a raised one into a traceback)."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class _Guarded(Dataset):
-    dataset: Dataset
-
-    def __getitem__(self, index: Any) -> PackedBatch | _Failure:
-        try:
-            return self.dataset[index]
-        except UserError as error:
-            return _Failure(str(error))
-
-
-def _itself(batch: Any) -> Any:
-    return batch
-
-
-def _without_gpus(worker: int) -> None:
-    """Workers decode on the CPU, but DALI opens a context on the first GPU it sees, and a pool of a thread per core."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("DALI_NUM_THREADS", "1")
-
-
-def _worker_loader(dataset: Dataset, indices: Iterable[Any], *, num_workers: int) -> DataLoader:
-    """Worker processes are spawned, not forked: a fork after DALI or CUDA was used hangs."""
-    return DataLoader(
-        _Guarded(dataset),
-        batch_size=None,
-        sampler=indices,
-        num_workers=num_workers,
-        collate_fn=_itself,
-        multiprocessing_context="spawn",
-        worker_init_fn=_without_gpus,
-        prefetch_factor=_PREFETCH,
-        persistent_workers=True,
-    )
-
-
-def _from_workers(loader: DataLoader) -> Iterator[PackedBatch]:
-    for batch in loader:
-        if isinstance(batch, _Failure):
-            raise UserError(batch.message)
-        yield batch
-
-
-def _from_thread(dataset: Dataset, indices: Iterable[Any]) -> Iterator[PackedBatch]:
-    """`dataset[i]` for each index, made by a thread that runs ahead; its exceptions are raised here."""
-    ready: queue.Queue[Any] = queue.Queue(maxsize=_PREFETCH)
-    stopped = threading.Event()
-    end = object()
-
-    def put(item: Any) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for index in indices:
-                if stopped.is_set():
-                    return
-                put(dataset[index])
-            put(end)
-        except BaseException as error:
-            put(error)
-
-    threading.Thread(target=produce, name="data-loader", daemon=True).start()
-    try:
-        while (item := ready.get()) is not end:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
+    def _grids(self, of: PieceOf, piece: Piece) -> np.ndarray:
+        """[n, 2] grids of the images of a piece: where its document is cut makes no difference to them."""
+        num_images = self.sources[of.source].num_images(np.array([of.document]))
+        return self.assembler.tiling.grids(np.array(piece.sizes), num_images=int(num_images[0]))

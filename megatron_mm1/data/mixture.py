@@ -6,182 +6,227 @@ models of an ablation see the same examples in the same order [M].
 
 import hashlib
 import json
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_mm1.data.packing import pack_best_fit, split_document
-from megatron_mm1.data.source import IndexedSource, Piece
+from megatron_mm1.data.order import hash_numbers
+from megatron_mm1.data.pools import PieceOf
 from megatron_mm1.errors import UserError
 
 _ROUND = 10_000
-"""Sequences over which the mixture's weights hold exactly (to 1/10,000; no source gets fewer than one)."""
+"""Sequences over which the mixture's weights hold exactly (to 1/10,000; no stream gets fewer than one)."""
 
 
-def hash_numbers(key: str, count: int) -> np.ndarray:
-    """[count] uint64, pseudo-random functions of `key` and the index (SplitMix64): no library update changes them."""
-    seed = np.frombuffer(hashlib.sha256(key.encode()).digest()[:8], "<u8")[0]
-    with np.errstate(over="ignore"):
-        z = seed + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-@lru_cache(maxsize=32)
-def permutation(key: str, count: int) -> np.ndarray:
-    """[count] int64, a permutation of 0..count-1 that `key` chooses."""
-    return np.argsort(hash_numbers(key, count), kind="stable")
-
-
-@dataclass(frozen=True)
-class PackingLimits:
-    """What a sequence holds (names as in DataConfig)."""
-
-    seq_length: int
-    max_images: int
-    tokens_per_image: int
-    lookahead: int
-
-
-class PackedSource:
-    """One source cut and packed into sequences, which every epoch visits in another order.
-
-    Args:
-        name: the source's name, part of the key of its order.
-        source: the prepared data.
-        limits: what a sequence holds.
-        seed: of the order.
-    """
-
-    def __init__(self, name: str, source: IndexedSource, *, limits: PackingLimits, seed: int) -> None:
-        self.name, self.source = name, source
-        self._key = f"{seed}/{name}"
-        pieces, lengths, images = _cut(source, limits)
-        if not len(pieces):
-            raise UserError(f"data source {name!r} ({source.path}) has nothing to train on")
-        order = permutation(f"{self._key}/packing", len(pieces))
-        sequences = pack_best_fit(
-            lengths[order],
-            images[order],
-            seq_length=limits.seq_length,
-            max_images=limits.max_images,
-            lookahead=limits.lookahead,
-        )
-        packed = order[np.concatenate(sequences)]
-        self._pieces = pieces[packed]
-        self._bounds = np.cumsum([0, *map(len, sequences)])
-        self._images = np.add.reduceat(images[packed], self._bounds[:-1])
+class Stream(Protocol):
+    """Sequences without end (`PackedStream`)."""
 
     def __len__(self) -> int:
         """Sequences in one epoch."""
-        return len(self._bounds) - 1
 
-    def sequence(self, index: int) -> list[tuple[int, int, int]]:
-        """(document, start, stop) of the pieces of the source's sequence `index`, which may be epochs on."""
-        sequence = self._packed(index)
-        return [tuple(piece) for piece in self._pieces[self._bounds[sequence] : self._bounds[sequence + 1]].tolist()]
+    def sequence(self, index: int) -> list[PieceOf]: ...
 
-    def num_images(self, index: int) -> int:
-        """Images in `sequence(index)`."""
-        return int(self._images[self._packed(index)])
+    def num_images(self, index: int) -> int: ...
 
-    def _packed(self, index: int) -> int:
-        """Which of the packed sequences the source's order has at `index`."""
-        epoch, place = divmod(index, len(self))
-        return int(permutation(f"{self._key}/epoch {epoch}", len(self))[place])
 
-    def pieces(self, index: int) -> list[Piece]:
-        """The content of `sequence(index)`."""
-        return [self.source.piece(*piece) for piece in self.sequence(index)]
+@dataclass(frozen=True)
+class Ingredient:
+    """A stream in the mixture.
+
+    Attributes:
+        name: for messages and figures.
+        identity: tells its sequences from any other's; part of the plan's fingerprint.
+        max_epochs: it gives no more than so many epochs in all; None: as many as it is asked for.
+    """
+
+    name: str
+    stream: Stream
+    identity: Any
+    max_epochs: float | None = None
+
+    @property
+    def most_sequences(self) -> int | None:
+        return None if self.max_epochs is None else int(self.max_epochs * len(self.stream))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Shares of the ingredients from one sequence of the run on: by index of the ingredient, in sequences."""
+
+    first: int
+    weights: Mapping[int, float]
+
+
+class _Segment:
+    """A stretch of the run over which the quotas are the same.
+
+    Args:
+        first: its first sequence.
+        used: how many sequences each ingredient has given before.
+        key: chooses the order within a round.
+    """
+
+    def __init__(self, first: int, weights: Mapping[int, float], used: Mapping[int, int], *, key: str) -> None:
+        self.first, self.used = first, dict(used)
+        self.ingredients = np.array(list(weights), np.int64)
+        self.quotas = _quotas(list(weights.values()))
+        self._stream_at, self._rank_at = _spread(self.quotas, key=key)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(ingredient, its own sequence number) of the run's sequence `index`."""
+        turn, place = divmod(index - self.first, _ROUND)
+        stream = self._stream_at[place]
+        ingredient = int(self.ingredients[stream])
+        own = turn * int(self.quotas[stream]) + int(self._rank_at[place])
+        return ingredient, self.used.get(ingredient, 0) + own
+
+    def used_at(self, index: int) -> dict[int, int]:
+        """Sequences that each ingredient has given before the run's sequence `index`."""
+        turn, place = divmod(index - self.first, _ROUND)
+        begun = np.bincount(self._stream_at[:place], minlength=len(self.quotas))
+        own = (turn * self.quotas + begun).tolist()
+        return self.used | {
+            ingredient: self.used.get(ingredient, 0) + count
+            for ingredient, count in zip(self.ingredients.tolist(), own, strict=True)
+        }
+
+    def exhausts(self, ingredient: int, most: int) -> int:
+        """The first sequence of the run for which `ingredient` would have to give more than `most` in all."""
+        stream = int(np.flatnonzero(self.ingredients == ingredient)[0])
+        turn, rank = divmod(most - self.used.get(ingredient, 0), int(self.quotas[stream]))
+        place = np.flatnonzero((self._stream_at == stream) & (self._rank_at == rank))[0]
+        return self.first + turn * _ROUND + int(place)
 
 
 class Plan:
-    """A mixture of sources: `weights` are shares of sequences, each packed from one source."""
+    """A mixture of streams in phases.
 
-    def __init__(
-        self, sources: Sequence[PackedSource], *, weights: Sequence[float], limits: PackingLimits, seed: int
-    ) -> None:
-        if not sources or min(weights) < 0 or sum(weights) <= 0:
-            raise UserError(
-                f"a mixture needs sources with weights that are not negative, not all 0; got {list(weights)}"
-            )
-        self.sources = tuple(sources)
-        self._quotas = _quotas(weights)
-        self._source_at, self._rank_at = _spread(self._quotas, key=f"{seed}/mixture")
-        identity = {
-            "seed": seed,
-            "limits": vars(limits),
-            "sources": [(source.name, source.source.fingerprint) for source in sources],
-            "quotas": self._quotas.tolist(),
-        }
-        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        """Equal where the sequences are equal; recorded with a run, it shows whether two runs saw the same data."""
+    Args:
+        ingredients: what is mixed.
+        phases: increasing; the first begins at 0. What an ingredient has given counts on from phase to phase, and a new
+            phase changes nothing before it. Where an ingredient has given its most, its share goes to the others.
+        seed: of the order.
+        identity: of everything else that the sequences depend on; part of the fingerprint.
+
+    Attributes:
+        end: the run's number of sequences; None: without end. It ends where every ingredient has given its most.
+
+    Raises:
+        UserError: phases without an ingredient, or with weights that are negative or all 0.
+    """
+
+    def __init__(self, ingredients: Sequence[Ingredient], phases: Sequence[Phase], *, seed: int, identity: Any) -> None:
+        self.ingredients = tuple(ingredients)
+        self._identity = [seed, identity]
+        for phase in phases:
+            weights = list(phase.weights.values())
+            if not weights or min(weights) < 0 or sum(weights) <= 0:
+                raise UserError(f"a mixture needs sources with weights that are not negative, not all 0; got {weights}")
+        if not phases or phases[0].first or any(a.first >= b.first for a, b in pairwise(phases)):
+            raise UserError(f"phases must begin at 0 and increase; got {[phase.first for phase in phases]}")
+        self._segments: list[_Segment] = []
+        self.end: int | None = None
+        self._lay_out(phases, seed)
+        self._firsts = [segment.first for segment in self._segments]
+
+    def _lay_out(self, phases: Sequence[Phase], seed: int) -> None:
+        """Segments from phases: a phase is cut where an ingredient runs out."""
+        for phase, following in zip(phases, [*phases[1:], None], strict=True):
+            first = phase.first
+            while following is None or first < following.first:
+                used = self._segments[-1].used_at(first) if self._segments else {}
+                weights = {
+                    number: weight
+                    for number, weight in phase.weights.items()
+                    if weight > 0
+                    and used.get(number, 0) < (self.ingredients[number].most_sequences or float("inf"))
+                    and self.ingredients[number].most_sequences != 0
+                }
+                if not weights:
+                    self.end = first
+                    return
+                segment = _Segment(first, weights, used, key=f"{seed}/mixture")
+                self._segments.append(segment)
+                caps = {number: self.ingredients[number].most_sequences for number in weights}
+                out = [segment.exhausts(number, most) for number, most in caps.items() if most is not None]
+                if not out or (following is not None and min(out) >= following.first):
+                    break
+                first = min(out)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(source, its own sequence number) of global sequence `index`."""
-        turn, place = divmod(index, _ROUND)
-        source = int(self._source_at[place])
-        return source, turn * int(self._quotas[source]) + int(self._rank_at[place])
+        """(ingredient, its own sequence number) of the run's sequence `index`.
 
-    def sequence(self, index: int) -> tuple[int, list[tuple[int, int, int]]]:
-        """Source of global sequence `index` and (document, start, stop) of its pieces."""
-        source, own = self.locate(index)
-        return source, self.sources[source].sequence(own)
+        Raises:
+            UserError: the data ends before it.
+        """
+        if self.end is not None and index >= self.end:
+            raise UserError(f"the data ends after {self.end:,} sequences: every source has been seen max_epochs times")
+        return self._segment(index).locate(index)
+
+    def sequence(self, index: int) -> list[PieceOf]:
+        """The pieces of the run's sequence `index`."""
+        ingredient, own = self.locate(index)
+        return self.ingredients[ingredient].stream.sequence(own)
 
     def num_images(self, index: int) -> int:
-        """Images in global sequence `index`."""
-        source, own = self.locate(index)
-        return self.sources[source].num_images(own)
+        """Images (tiles) in the run's sequence `index`."""
+        ingredient, own = self.locate(index)
+        return self.ingredients[ingredient].stream.num_images(own)
 
+    def used(self, consumed: int) -> list[int]:
+        """Sequences that each ingredient has given when the run has used `consumed`."""
+        used = self._segment(max(consumed - 1, 0)).used_at(consumed)
+        return [used.get(number, 0) for number in range(len(self.ingredients))]
 
-def _cut(source: IndexedSource, limits: PackingLimits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pieces [n, 3] (document, start, stop) with their lengths [n] and numbers of images [n]; none is empty."""
-    per_image = limits.tokens_per_image
-    num_tokens, num_images, lengths = source.num_tokens, source.num_images, source.lengths(per_image)
-    fits = (lengths <= limits.seq_length) & (num_images <= limits.max_images)
-    whole = np.flatnonzero(fits)
-    pieces_of = [np.stack([whole, np.zeros_like(whole), num_tokens[whole]], axis=1)]
-    images_of = [num_images[whole]]
-    for document in np.flatnonzero(~fits).tolist():
-        positions = source.image_positions(document)
-        stretches = split_document(
-            int(num_tokens[document]),
-            positions.tolist(),
-            tokens_per_image=per_image,
-            seq_length=limits.seq_length,
-            max_images=limits.max_images,
-        )
-        pieces_of.append(np.array([(document, start, stop) for start, stop in stretches], np.int64))
-        images_of.append(np.diff(np.searchsorted(positions, [0, *(stop for _, stop in stretches)])))
-    pieces, images = np.concatenate(pieces_of), np.concatenate(images_of)
-    lengths = pieces[:, 2] - pieces[:, 1] + images * (per_image - 1)
-    filled = lengths > 0
-    return pieces[filled], lengths[filled], images[filled]
+    def epochs(self, consumed: int) -> dict[str, float]:
+        """How often each ingredient has been seen when the run has used `consumed` sequences, by name."""
+        return {
+            ingredient.name: count / len(ingredient.stream)
+            for ingredient, count in zip(self.ingredients, self.used(consumed), strict=True)
+        }
+
+    def fingerprint(self, consumed: int = 0) -> str:
+        """Equal where the first `consumed` sequences are equal, and what comes next up to a later phase."""
+        begun = [segment for segment in self._segments if segment.first < max(consumed, 1)]
+        concerned = sorted({number for segment in begun for number in segment.ingredients.tolist()})
+        identity = {
+            "run": self._identity,
+            "ingredients": [[self.ingredients[number].name, self.ingredients[number].identity] for number in concerned],
+            "segments": [
+                [segment.first, [concerned.index(number) for number in segment.ingredients], segment.quotas.tolist()]
+                for segment in begun
+            ],
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def _segment(self, index: int) -> _Segment:
+        return self._segments[bisect_right(self._firsts, index) - 1]
 
 
 def _quotas(weights: Sequence[float]) -> np.ndarray:
-    """[n] int64 sequences of each source per round: largest remainders, at least one where the weight is not 0."""
+    """[n] int64 sequences of each stream per round: largest remainders, at least one."""
     share = np.asarray(weights, np.float64) / np.sum(weights) * _ROUND
     quotas = np.floor(share).astype(np.int64)
     remainder = np.argsort(quotas - share, kind="stable")[: _ROUND - quotas.sum()]
     quotas[remainder] += 1
-    for missing in np.flatnonzero((quotas == 0) & (share > 0)):
+    for missing in np.flatnonzero(quotas == 0):
         quotas[missing] = 1
         quotas[np.argmax(quotas)] -= 1
     return quotas
 
 
 def _spread(quotas: np.ndarray, *, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Source at each place of a round, and how many of that source came before it in the round.
+    """Stream at each place of a round, and how many of that stream came before it in the round.
 
-    Each source's sequences are spread evenly, each at a random place within its own stretch: so that no source falls
+    Each stream's sequences are spread evenly, each at a random place within its own stretch: so that no source falls
     on one data-parallel rank over and over.
     """
-    source = np.repeat(np.arange(len(quotas)), quotas)
+    stream = np.repeat(np.arange(len(quotas)), quotas)
     rank = np.concatenate([np.arange(quota) for quota in quotas])
-    jitter = (hash_numbers(key, len(source)) >> np.uint64(11)) / 2.0**53
-    order = np.argsort((rank + jitter) / quotas[source], kind="stable")
-    return source[order], rank[order]
+    jitter = (hash_numbers(key, len(stream)) >> np.uint64(11)) / 2.0**53
+    order = np.argsort((rank + jitter) / quotas[stream], kind="stable")
+    return stream[order], rank[order]

@@ -1,101 +1,192 @@
-"""Splitting over-long documents and packing documents into sequences: pure functions of lengths."""
-
-from collections.abc import Sequence
+"""Splitting over-long documents and packing documents into sequences: pure functions of lengths, compiled by numba."""
 
 import numpy as np
+from numba import njit
 
 from megatron_mm1.errors import UserError
 
 
-def split_document(
-    num_tokens: int, image_positions: Sequence[int], *, tokens_per_image: int, seq_length: int, max_images: int
-) -> list[tuple[int, int]]:
-    """Cut a document into stretches that fit a sequence.
+def split_documents(
+    num_tokens: np.ndarray,
+    image_bounds: np.ndarray,
+    image_positions: np.ndarray,
+    image_tiles: np.ndarray,
+    *,
+    tokens_per_image: int,
+    seq_length: int,
+    max_images: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut documents into stretches that fit a sequence.
 
     An image is never cut, and none is left at the end of a stretch where the text it introduces could not follow it,
     unless the stretch holds nothing else.
 
     Args:
-        num_tokens: stored tokens, one per image.
-        image_positions: increasing places of the images among them.
-        tokens_per_image: positions an image takes in a sequence.
-        seq_length, max_images: limits of a sequence.
+        num_tokens: [D] int64 stored tokens of each document, one per image.
+        image_bounds: [D + 1] int64, which of the images are each document's.
+        image_positions: [I] int64, where each stands among its document's stored tokens, increasing.
+        image_tiles: [I] int64, pictures that the tower encodes for each; one takes `tokens_per_image` positions.
+        seq_length, max_images: limits of a sequence; every tile counts as an image.
 
     Returns:
-        (start, stop) in stored tokens, one after another, all of the document.
+        [P, 3] int64 (number of the document here, start, stop), in order, all of every document; [P] positions that
+        each takes; [P] its tiles.
 
     Raises:
         UserError: one image alone does not fit.
     """
-    if len(image_positions) and (tokens_per_image > seq_length or max_images < 1):
+    most = int(image_tiles.max(initial=0))
+    if most and (most * tokens_per_image > seq_length or most > max_images):
         raise UserError(
-            f"an image takes {tokens_per_image} tokens, a sequence holds {seq_length} tokens and {max_images} images: "
-            "raise data.seq_length or data.max_images_per_sequence"
+            f"an image takes {most * tokens_per_image} tokens ({most} x {tokens_per_image}), a sequence holds "
+            f"{seq_length} tokens and {max_images} images: raise data.seq_length or data.max_images_per_sequence"
         )
-    stretches = []
-    start = first = 0  # first: index of the first image at or after start
-    while start < num_tokens:
-        stop, room, image = start, seq_length, first
-        while stop < num_tokens:
-            next_image = image_positions[image] if image < len(image_positions) else num_tokens
-            if stop < next_image:
-                taken = min(next_image - stop, room)
-                if not taken:
+    arrays = (num_tokens, image_bounds, image_positions, image_tiles)
+    tokens, bounds, positions, tiles = (np.ascontiguousarray(array, np.int64) for array in arrays)
+    return _split(tokens, bounds, positions, tiles, tokens_per_image, seq_length, max_images)
+
+
+@njit(cache=True, nogil=True)
+def _split(
+    num_tokens: np.ndarray,
+    image_bounds: np.ndarray,
+    image_positions: np.ndarray,
+    image_tiles: np.ndarray,
+    tokens_per_image: int,
+    seq_length: int,
+    max_images: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    size = 16
+    pieces = np.empty((size, 3), np.int64)
+    lengths = np.empty(size, np.int64)
+    tiles = np.empty(size, np.int64)
+    count = 0
+    for document in range(len(num_tokens)):
+        total, after_last = num_tokens[document], image_bounds[document + 1]
+        start, first = 0, image_bounds[document]
+        while start < total:
+            stop, image, room, image_room = start, first, seq_length, max_images
+            while stop < total:
+                next_image = image_positions[image] if image < after_last else total
+                if stop < next_image:
+                    taken = min(next_image - stop, room)
+                    if taken == 0:
+                        break
+                    stop += taken
+                    room -= taken
+                elif room < image_tiles[image] * tokens_per_image or image_room < image_tiles[image]:
                     break
-                stop, room = stop + taken, room - taken
-            elif room < tokens_per_image or image - first == max_images:
-                break
-            else:
-                stop, room, image = stop + 1, room - tokens_per_image, image + 1
-        if stop < num_tokens:
-            end, last = stop, image
-            while last > first and image_positions[last - 1] == end - 1:
-                end, last = end - 1, last - 1
-            if end > start:
-                stop, image = end, last
-        stretches.append((start, int(stop)))
-        start, first = int(stop), image
-    return stretches
+                else:
+                    stop += 1
+                    room -= image_tiles[image] * tokens_per_image
+                    image_room -= image_tiles[image]
+                    image += 1
+            if stop < total:
+                end, last = stop, image
+                while last > first and image_positions[last - 1] == end - 1:
+                    end -= 1
+                    last -= 1
+                if end > start:
+                    while image > last:
+                        image -= 1
+                        stop -= 1
+                        room += image_tiles[image] * tokens_per_image
+                        image_room += image_tiles[image]
+            if count == size:
+                size *= 2
+                more_pieces = np.empty((size, 3), np.int64)
+                more_lengths = np.empty(size, np.int64)
+                more_tiles = np.empty(size, np.int64)
+                more_pieces[:count], more_lengths[:count], more_tiles[:count] = pieces, lengths, tiles
+                pieces, lengths, tiles = more_pieces, more_lengths, more_tiles
+            pieces[count, 0], pieces[count, 1], pieces[count, 2] = document, start, stop
+            lengths[count], tiles[count] = seq_length - room, max_images - image_room
+            count += 1
+            start, first = stop, image
+    return pieces[:count], lengths[:count], tiles[:count]
 
 
 def pack_best_fit(
     lengths: np.ndarray, num_images: np.ndarray, *, seq_length: int, max_images: int, lookahead: int
-) -> list[list[int]]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Pack items into sequences, best fit over the `lookahead` sequences that are still open.
+
+    An item goes where it leaves the least room. Where it fits nowhere the fullest sequence is closed, by tokens or by
+    images. What is left open at the end is packed once more, longest first.
 
     Args:
         lengths: [n] positions of each item, each 1 to `seq_length`.
         num_images: [n] images of each item, each at most `max_images`.
 
     Returns:
-        Item indices of each sequence, each sequence in the items' order, every item once.
+        [n] int64, items sequence by sequence, in each in the given order; [m + 1] int64, where each sequence begins.
     """
     if len(lengths) and (lengths.max() > seq_length or lengths.min() < 1 or num_images.max() > max_images):
         raise ValueError("every item must have a length and fit a sequence")
-    room: list[int] = []
-    image_room: list[int] = []
-    members: list[list[int]] = []
-    packed = []
+    lengths, num_images = np.ascontiguousarray(lengths, np.int64), np.ascontiguousarray(num_images, np.int64)
+    sequence, still_open, count = _best_fit(lengths, num_images, seq_length, max_images, lookahead)
+    rest = np.flatnonzero(sequence >= still_open)
+    longest_first = rest[np.argsort(-lengths[rest], kind="stable")]
+    again, _, more = _best_fit(
+        lengths[longest_first], num_images[longest_first], seq_length, max_images, max(1, len(rest))
+    )
+    if still_open + more <= count:
+        sequence[longest_first], count = still_open + again, still_open + more
+    items = np.argsort(sequence, kind="stable")
+    return items, np.searchsorted(sequence[items], np.arange(count + 1))
 
-    def close(sequence: int) -> None:
-        packed.append(members.pop(sequence))
-        del room[sequence], image_room[sequence]
 
-    for item, (length, images) in enumerate(zip(lengths.tolist(), num_images.tolist(), strict=True)):
+@njit(cache=True, nogil=True)
+def _best_fit(
+    lengths: np.ndarray, num_images: np.ndarray, seq_length: int, max_images: int, lookahead: int
+) -> tuple[np.ndarray, int, int]:
+    """[n] sequence of each item, numbered as they are closed; the number of closed ones; the number of all."""
+    room = np.empty(lookahead, np.int64)
+    image_room = np.empty(lookahead, np.int64)
+    name = np.empty(lookahead, np.int64)  # of each open sequence, in the order of opening
+    number = np.empty(len(lengths) + 1, np.int64)  # of each sequence by its name, in the order of closing
+    sequence = np.empty(len(lengths), np.int64)
+    opened, closed, num_open = 0, 0, 0
+    for item in range(len(lengths)):
+        length, images = lengths[item], num_images[item]
         best, best_room = -1, seq_length + 1
-        for sequence, free in enumerate(room):
-            if length <= free < best_room and images <= image_room[sequence]:
-                best, best_room = sequence, free
+        for place in range(num_open):
+            if length <= room[place] < best_room and images <= image_room[place]:
+                best, best_room = place, room[place]
         if best < 0:
-            if len(room) == lookahead:
-                close(min(range(len(room)), key=room.__getitem__))
-            best = len(room)
-            room.append(seq_length)
-            image_room.append(max_images)
-            members.append([])
+            if num_open == lookahead:
+                fullest, most = 0, -1.0
+                for place in range(num_open):
+                    fill = 1 - room[place] / seq_length
+                    if max_images > 0:
+                        fill = max(fill, 1 - image_room[place] / max_images)
+                    if fill > most:
+                        fullest, most = place, fill
+                number[name[fullest]] = closed
+                closed += 1
+                best = fullest
+            else:
+                best = num_open
+                num_open += 1
+            room[best], image_room[best], name[best] = seq_length, max_images, opened
+            opened += 1
         room[best] -= length
         image_room[best] -= images
-        members[best].append(item)
-        if not room[best]:
-            close(best)
-    return packed + members
+        sequence[item] = name[best]
+        if room[best] == 0:
+            number[name[best]] = closed
+            closed += 1
+            num_open -= 1
+            room[best], image_room[best], name[best] = room[num_open], image_room[num_open], name[num_open]
+    for place in range(num_open):
+        number[name[place]] = closed + place
+    for item in range(len(lengths)):
+        sequence[item] = number[sequence[item]]
+    return sequence, closed, opened
+
+
+def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """[sum(stops - starts)] int64: the numbers of each range, one range after another."""
+    sizes = stops - starts
+    before = np.cumsum(sizes) - sizes
+    return np.arange(int(sizes.sum())) + np.repeat(starts - before, sizes)

@@ -1,180 +1,256 @@
-"""Documents -> an indexed folder of tokens and image bytes, which training reads at random through a memory map.
+"""`mm1 data prepare`: a data set as people keep it -> the folder that training reads (data/prepared.py).
 
-manifest.json    format, counts, tokenizer fingerprint, sizes and SHA-256 of the other files
-tokens.bin       int32 [T], all documents one after another; each image is one image id
-trained.bin      uint8 [T], 1 where the token is a target of the loss
-documents.npy    int64 [D + 1, 2], where each document's tokens and images start
-images.npy       int64 [I, 5], columns IMAGE_COLUMNS
-images.bin       the encoded images
+The input is cut into parts of fixed size. One process writes each, and it is there when it is whole: so the result does
+not depend on the number of processes, and a preparation that was killed goes on with the parts that are missing. All
+this happens in the folder `.NAME.preparing` beside the output, which takes the output's name at the end.
 """
 
+import fcntl
 import hashlib
-import io
 import json
+import os
+import shutil
+import sys
 from argparse import Namespace
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-import numpy as np
+from tqdm import tqdm
 
-from megatron_mm1.data.files import new_folder
-from megatron_mm1.data.images import UnusableImage, check_image
-from megatron_mm1.data.readers import open_reader
-from megatron_mm1.data.records import Document, Image
-from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.data.files import replace_file
+from megatron_mm1.data.prepare_processes import Recipe, write_in_processes
+from megatron_mm1.data.prepared import MANIFEST, QUARANTINE, Manifest, Part, part_name
+from megatron_mm1.data.preparing import Checks, Summary, write_part
+from megatron_mm1.data.readers import Reader, Shard
+from megatron_mm1.data.records import Document, Reason, Rejected
+from megatron_mm1.data.repeats import FREQUENT, drop_repeats
+from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm1.errors import UserError
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-IMAGE_COLUMNS = ("offset", "length", "height", "width", "position")
-"""Byte range in images.bin, px as the file's header has them, and place among its document's tokens."""
-_REMEMBERED_IMAGES = 1 << 16
+PART_SIZE = 256 << 20
+MOST_PARTS = 2048
+MAX_BAD_FRACTION = 0.1
+FILTERED = frozenset(
+    {
+        Reason.NO_IMAGES,
+        Reason.TOO_MANY_IMAGES,
+        Reason.ASPECT_RATIO,
+        Reason.IMAGE_TOO_SMALL,
+        Reason.DECORATION,
+        Reason.REPEATED_IN_DOCUMENT,
+        Reason.REPEATED_IN_CORPUS,
+    }
+)
+"""Reasons for which sound records are left out; those with any other are bad."""
+_ORIGIN = "origin.json"
 
 
-class _HashedFile:
-    """A file whose size and SHA-256 are known when it has been written."""
+class _Documents(Reader):
+    """Documents at hand, as one shard."""
 
-    def __init__(self, path: Path) -> None:
-        self.name = path.name
-        self.size = 0
-        self._digest = hashlib.sha256()
-        self._file: BinaryIO = path.open("wb")
+    def __init__(self, documents: Iterable[Document | Rejected]) -> None:
+        self._documents = documents
 
-    def write(self, data: bytes) -> int:
-        """Append `data`; returns where it starts."""
-        start = self.size
-        self._file.write(data)
-        self._digest.update(data)
-        self.size += len(data)
-        return start
+    def shards(self) -> list[Shard]:
+        return [Shard("documents", Path(), 1)]
 
-    def close(self) -> dict[str, int | str]:
-        self._file.close()
-        return {"size": self.size, "sha256": self._digest.hexdigest()}
-
-
-class _Writer:
-    """Writes one document after another into `folder`."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        self.folder = folder
-        self.tokenizer = tokenizer
-        self.tokens = _HashedFile(folder / "tokens.bin")
-        self.trained = _HashedFile(folder / "trained.bin")
-        self.blobs = _HashedFile(folder / "images.bin")
-        self.documents = [(0, 0)]
-        self.images: list[tuple[int, int, int, int, int]] = []
-        self.counts: Counter[str] = Counter(documents=0, images=0, tokens=0, trained_tokens=0)
-        self._recent: OrderedDict[bytes, tuple[int, int, int, int]] = OrderedDict()
-
-    def add(self, document: Document) -> None:
-        """Append BOS, the parts and EOS.
-
-        Raises:
-            UnusableImage: an image cannot be used; the document is left out.
-        """
-        tokens, trained = [self.tokenizer.bos_id], [0]
-        images = []
-        last_trained = True
-        for part in document.parts:
-            if isinstance(part, Image):
-                images.append((*self._store(part.data), len(tokens)))
-                tokens.append(self.tokenizer.image_id)
-                trained.append(0)
-            else:
-                ids = self.tokenizer.encode(part.text)
-                tokens += ids
-                trained += [int(part.trained)] * len(ids)
-                last_trained = part.trained
-        tokens.append(self.tokenizer.eos_id)
-        trained.append(int(last_trained))
-
-        self.tokens.write(np.asarray(tokens, np.int32).tobytes())
-        self.trained.write(bytes(trained))
-        self.images += images
-        self.counts.update(documents=1, images=len(images), tokens=len(tokens), trained_tokens=sum(trained))
-        self.documents.append((self.counts["tokens"], self.counts["images"]))
-
-    def _store(self, data: bytes) -> tuple[int, int, int, int]:
-        """Where `data` is, and its size in px; an image that repeats within the last 65,536 is stored once."""
-        digest = hashlib.sha256(data).digest()
-        if digest not in self._recent:
-            height, width = check_image(data)
-            self._recent[digest] = (self.blobs.write(data), len(data), height, width)
-            if len(self._recent) > _REMEMBERED_IMAGES:
-                self._recent.popitem(last=False)
-        return self._recent[digest]
-
-    def close(self) -> dict[str, dict[str, int | str]]:
-        """Write the index; returns every file's size and checksum."""
-        files = [self.tokens, self.trained, self.blobs]
-        images = np.asarray(self.images, np.int64).reshape(-1, len(IMAGE_COLUMNS))
-        for name, array in (("documents.npy", np.asarray(self.documents, np.int64)), ("images.npy", images)):
-            content = io.BytesIO()
-            np.save(content, array)
-            files.append(_HashedFile(self.folder / name))
-            files[-1].write(content.getvalue())
-        return {file.name: file.close() for file in files}
+    def read(self, shard: Shard) -> Iterator[Document | Rejected]:
+        yield from self._documents
 
 
 def prepare(
-    documents: Iterable[Document], *, tokenizer: Tokenizer, output: Path, origin: Mapping[str, str] | None = None
-) -> dict[str, int]:
-    """Write `documents` to the new folder `output`.
+    documents: Iterable[Document | Rejected],
+    *,
+    tokenizer: Tokenizer,
+    output: Path,
+    checks: Checks | None = None,
+    origin: Mapping[str, Any] | None = None,
+    part_size: int | None = None,
+    max_bad_fraction: float = 1.0,
+) -> Manifest:
+    """Write `documents` (a reader, or any other iterable) to the new folder `output`, in this process.
 
     Args:
-        documents: what a reader yields; its `skipped` counts are taken over.
+        checks: None: the reader's own filters, every image decoded.
         origin: what the documents were made from; an `output` of the same origin and tokenizer is kept as it is.
-
-    Returns:
-        Counts: documents, images, tokens, trained_tokens, and "skipped: <reason>" for each reason.
+        part_size: bytes of input to a part; None: `PART_SIZE`, or more where that would make over `MOST_PARTS`.
+        max_bad_fraction: of records that are damaged or otherwise unusable.
 
     Raises:
-        UserError: `output` exists and was made from something else, or there is no document that can be used.
+        UserError: `output` was made from something else, too many records are bad, none is left, or the disk is full.
     """
-    origin = dict(origin or {})
+    reader = documents if isinstance(documents, Reader) else _Documents(documents)
+    checks = checks or Checks(filters=getattr(reader, "filters", None))
+
+    def write(work: Path, parts: Mapping[int, Sequence[Shard]], done: Callable[[int], None]) -> None:
+        for number, shards in parts.items():
+            write_part(work / part_name(number), reader, shards, tokenizer=tokenizer, checks=checks, done=done)
+
+    return _prepare(reader, write, tokenizer, output, checks, dict(origin or {}), part_size, max_bad_fraction)
+
+
+def prepare_in_parallel(
+    recipe: Recipe,
+    *,
+    output: Path,
+    workers: int,
+    checks: Checks | None = None,
+    part_size: int | None = None,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+    progress: bool = False,
+) -> Manifest:
+    """`prepare` by `workers` processes; see there."""
+    reader, tokenizer = recipe.open_reader(), open_tokenizer(recipe.tokenizer)
+    checks = checks or Checks(filters=reader.filters)
+    origin = {"reader": recipe.reader, "options": dict(recipe.options), "input": input_fingerprint(recipe.input)}
+
+    def write(work: Path, parts: Mapping[int, Sequence[Shard]], done: Callable[[int], None]) -> None:
+        write_in_processes(recipe, checks, work, parts, workers=workers, done=done)
+
+    arguments = (tokenizer, output, checks, origin, part_size, max_bad_fraction)
+    return _prepare(reader, write, *arguments, progress=progress)
+
+
+def _prepare(
+    reader: Reader,
+    write: Callable[[Path, Mapping[int, Sequence[Shard]], Callable[[int], None]], None],
+    tokenizer: Tokenizer,
+    output: Path,
+    checks: Checks,
+    origin: dict[str, Any],
+    part_size: int | None,
+    max_bad_fraction: float,
+    *,
+    progress: bool = False,
+) -> Manifest:
+    output = output.absolute()
+    origin = origin | {"checks": asdict(checks), "part_size": part_size}
+    origin = json.loads(json.dumps(origin, default=str))
     if output.exists():
-        return _existing_counts(output, tokenizer=tokenizer, origin=origin)
-    with new_folder(output) as folder:
-        writer = _Writer(folder, tokenizer)
-        skipped: Counter[str] = Counter()
-        for document in documents:
-            try:
-                writer.add(document)
-            except UnusableImage as reason:
-                skipped[reason.kind] += 1
-        files = writer.close()
-        skipped.update(getattr(documents, "skipped", {}))
-        counts = dict(writer.counts) | {f"skipped: {reason}": count for reason, count in sorted(skipped.items())}
-        if not counts["documents"]:
-            raise UserError(f"no usable document for {output}: {json.dumps(counts)}")
-        manifest = {
-            "format": FORMAT_VERSION,
-            "counts": counts,
-            "tokenizer": tokenizer.fingerprint,
-            "origin": origin,
-            "files": files,
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    return counts
-
-
-def _existing_counts(output: Path, *, tokenizer: Tokenizer, origin: dict[str, str]) -> dict[str, int]:
+        return _existing(output, tokenizer=tokenizer, origin=origin)
+    work = output.with_name(f".{output.name}.preparing")
+    groups = _groups(reader.shards(), part_size)
     try:
-        manifest = json.loads((output / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{output} exists and is no prepared data set: choose another output") from None
-    if (manifest.get("format"), manifest.get("tokenizer"), manifest.get("origin")) != (
-        FORMAT_VERSION,
-        tokenizer.fingerprint,
-        origin,
-    ):
+        with _claimed(work, {"origin": origin, "tokenizer": tokenizer.fingerprint}):
+            missing = {number: group for number, group in enumerate(groups) if not (work / part_name(number)).is_dir()}
+            total, left = (sum(shard.size for group in some for shard in group) for some in (groups, missing.values()))
+            with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, disable=not progress) as bar:
+
+                def done(size: int) -> None:
+                    bar.update(size)
+
+                write(work, missing, done)
+            parts = [work / part_name(number) for number in range(len(groups))]
+            if checks.filters is not None and checks.filters.max_repeats is not None:
+                drop_repeats(work, parts, checks.filters)
+            manifest = _manifest(parts, tokenizer=tokenizer, origin=origin)
+            _check_bad(manifest, max_bad_fraction, work)
+            replace_file(work / MANIFEST, manifest.to_json().encode())
+            os.rename(work, output)
+    except OSError as error:
         raise UserError(
-            f"{output} holds data prepared from another input, reader or tokenizer: remove it or choose another output"
+            f"cannot write {output}: {error.strerror or error}: nothing but {work} was written; free some space and "
+            "run the same command again, which goes on with what is there"
+        ) from None
+    (output / _ORIGIN).unlink()
+    (output / FREQUENT).unlink(missing_ok=True)
+    return manifest
+
+
+def _groups(shards: Sequence[Shard], part_size: int | None) -> list[list[Shard]]:
+    """Shards of each part: consecutive ones of `part_size` bytes together at least, but the last."""
+    size = part_size or max(PART_SIZE, sum(shard.size for shard in shards) // MOST_PARTS)
+    groups: list[list[Shard]] = [[]]
+    filled = 0
+    for shard in shards:
+        if filled >= size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(shard)
+        filled += shard.size
+    return groups
+
+
+@contextmanager
+def _claimed(work: Path, claim: Mapping[str, Any]) -> Iterator[None]:
+    """The work folder, for this process alone; one that is there must be of the same claim.
+
+    Raises:
+        UserError: another process is at work in it, or it holds the beginning of something else.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    directory = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is preparing in {work}: wait for it, or stop it") from None
+        file = work / _ORIGIN
+        if file.is_file() and json.loads(file.read_text()) != claim:
+            raise UserError(
+                f"{work} holds an unfinished preparation of another input, reader, tokenizer or options: finish it "
+                "with those, remove it, or choose another output"
+            )
+        replace_file(file, json.dumps(claim).encode())
+        for leftover in work.glob(".*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        os.close(directory)
+
+
+def _manifest(parts: Sequence[Path], *, tokenizer: Tokenizer, origin: Mapping[str, Any]) -> Manifest:
+    summaries = [Summary.load(part) for part in parts]
+    totals, rejected, dropped = (_total(summaries, name) for name in ("counts", "rejected", "dropped"))
+    counts = {name: totals[name] for name in ("documents", "images", "tokens", "trained_tokens")}
+    read, seen = sum(summary.read for summary in summaries), sum(summary.images_seen for summary in summaries)
+    if not counts["documents"]:
+        raise UserError(f"no usable document for {parts[0].parent}: {read} records read, {dict(rejected)}")
+    return Manifest(
+        counts=counts,
+        records={"read": read, "written": counts["documents"], "rejected": dict(sorted(rejected.items()))},
+        images={"seen": seen, "written": counts["images"], "dropped": dict(sorted(dropped.items()))},
+        tokenizer=tokenizer.fingerprint,
+        origin=origin,
+        parts=tuple(
+            Part(part.name, summary.counts["documents"], summary.counts["images"], dict(sorted(summary.files.items())))
+            for part, summary in zip(parts, summaries, strict=True)
+        ),
+    )
+
+
+def _total(summaries: Sequence[Summary], name: str) -> Counter[str]:
+    return sum((getattr(summary, name) for summary in summaries), Counter())
+
+
+def _check_bad(manifest: Manifest, max_bad_fraction: float, work: Path) -> None:
+    rejected, read = manifest.records["rejected"], manifest.records["read"]
+    bad = sum(count for reason, count in rejected.items() if reason not in FILTERED)
+    if bad > max_bad_fraction * read:
+        listed = ", ".join(f"{reason}: {count:,}" for reason, count in rejected.items())
+        raise UserError(
+            f"{bad:,} of {read:,} records are bad ({listed}), more than --max-bad-fraction {max_bad_fraction}: see "
+            f"{work}/part-*/{QUARANTINE}; mend the data, or run again with a larger fraction, which takes what is there"
         )
-    return manifest["counts"]
+
+
+def _existing(output: Path, *, tokenizer: Tokenizer, origin: Mapping[str, Any]) -> Manifest:
+    if not (output / MANIFEST).is_file():
+        raise UserError(f"{output} exists and is no prepared data set: choose another output")
+    try:
+        manifest = Manifest.from_json((output / MANIFEST).read_text(), origin=str(output / MANIFEST))
+    except UserError as error:
+        raise UserError(f"{error}, after removing {output}") from None
+    if (manifest.tokenizer, manifest.origin) != (tokenizer.fingerprint, origin):
+        raise UserError(
+            f"{output} holds data prepared from another input, reader, options or tokenizer: remove it or choose "
+            "another output"
+        )
+    return manifest
 
 
 def input_fingerprint(path: Path) -> str:
@@ -189,9 +265,33 @@ def input_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def prepare_main(args: Namespace) -> dict[str, int]:
-    """Prepare a data set: `args` has reader (name or class path), input, tokenizer and output (paths)."""
-    source = Path(args.input)
-    reader = open_reader(args.reader, source)
-    origin = {"reader": args.reader, "input": input_fingerprint(source)}
-    return prepare(reader, tokenizer=Tokenizer(args.tokenizer), output=Path(args.output), origin=origin)
+def prepare_main(args: Namespace) -> Manifest:
+    """`mm1 data prepare` with its parsed arguments (cli.py)."""
+    recipe = Recipe(
+        reader=args.reader,
+        input=Path(args.input),
+        options=tuple(sorted(_option(text) for text in args.option)),
+        tokenizer=Path(args.tokenizer),
+    )
+    reader = recipe.open_reader()
+    filters = None if args.no_filters else reader.filters
+    if args.max_repeats is not None:
+        if filters is None:
+            raise UserError(f"--max-repeats is one of the filters, and reader {args.reader!r} has none")
+        filters = replace(filters, max_repeats=args.max_repeats or None)
+    return prepare_in_parallel(
+        recipe,
+        output=Path(args.output),
+        workers=args.workers or os.cpu_count() or 1,
+        checks=Checks(filters=filters, image_check=args.image_check),
+        part_size=args.part_size,
+        max_bad_fraction=args.max_bad_fraction,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _option(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"--option {text!r} is not NAME=VALUE")
+    return name, value

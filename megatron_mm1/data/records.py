@@ -1,6 +1,7 @@
-"""A document: text and images in reading order. Every kind of training data is turned into these by a reader."""
+"""Documents: text and images in reading order. Every kind of training data is turned into these by a reader."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,58 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Control:
+    """A control symbol of the tokenizer ("</s>", "<|assistant|>"), which no text encodes to.
+
+    Attributes:
+        trained: whether it is a target of the loss.
+    """
+
+    symbol: str
+    trained: bool = False
+
+
+@dataclass(frozen=True)
 class Image:
-    """An image as its encoded bytes (JPEG, PNG, WebP, ..)."""
+    """An image as its encoded bytes (JPEG, PNG, WebP, ..).
+
+    Attributes:
+        url: where it came from, for the filters; empty where unknown.
+    """
 
     data: bytes
+    url: str = ""
+
+
+class Reason(StrEnum):
+    """Why a record, or an image of a document, is left out of prepared data."""
+
+    NOT_JSON = "not JSON"
+    WRONG_FIELDS = "fields missing or of the wrong type"
+    NOT_UTF8 = "text is not valid UTF-8"
+    NUL_BYTES = "text contains NUL bytes"
+    BLANK_TEXT = "blank text"
+    MISSING_IMAGE = "image file missing or unreadable"
+    OUTSIDE_FOLDER = "image path leaves the folder"
+    IMAGE_MARKS = "image marks and images do not match"
+    DUPLICATE_KEY = "duplicate key"
+    UNSAFE_MEMBER = "archive member with an unsafe path or type"
+    INCOMPLETE_SAMPLE = "sample without an image or a text"
+    RECORD_TOO_LARGE = "record larger than 256 MiB"
+    IMAGE_PLACE = "image without a place in the text"
+    TRUNCATED_FILE = "rest of a truncated or damaged file"
+    EMPTY_FILE = "file without a record"
+    NOT_AN_IMAGE = "not an image"
+    IMAGE_TOO_LARGE = "image too large"
+    IMAGE_UNDECODABLE = "image cannot be decoded"
+    NO_IMAGES = "no images"
+    TOO_MANY_IMAGES = "too many images"
+    ASPECT_RATIO = "aspect ratio"
+    IMAGE_TOO_SMALL = "image too small"
+    DECORATION = "image URL of a decoration"
+    REPEATED_IN_DOCUMENT = "image repeated in its document"
+    REPEATED_IN_CORPUS = "image repeated over the corpus"
+    OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -27,9 +76,24 @@ class Document:
     """One training example. Attention never crosses from one document to another.
 
     Attributes:
-        parts: text and images in reading order.
+        parts: text, images and control symbols in reading order.
         key: says where the document came from, for messages.
+        dropped_images: why images that stood in it were left out, one entry for each.
     """
 
-    parts: tuple[Text | Image, ...]
+    parts: tuple[Text | Image | Control, ...]
     key: str
+    dropped_images: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record that cannot be used.
+
+    Attributes:
+        detail: what was found, for the quarantine file.
+    """
+
+    key: str
+    reason: Reason
+    detail: str = ""

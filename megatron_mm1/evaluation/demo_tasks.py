@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_mm1.data.demo import DEMO_CORPUS
 from megatron_mm1.data.readers import Captions, JsonLinesReader, Questions, question_prompt
-from megatron_mm1.data.records import Document, Text
+from megatron_mm1.data.records import Document, Image, Rejected, Text
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.task import Item, Measure, Outcome
 
@@ -43,12 +43,12 @@ class DemoCaptions:
         generator = np.random.default_rng(_SEED)
         items = []
         for index, (row, document) in enumerate(rows):
-            caption, prompt = row["caption"], document.parts[:1]
+            caption, prompt = row["caption"], (_image(document),)
             drawn = generator.choice(captions, self.num_distractors + 1, replace=False)
             distractors = [str(other) for other in drawn if other != caption][: self.num_distractors]
             candidates = [caption, *distractors]
             following = rows[index + 1 :] + rows[:index]
-            other = next(document for other, document in following if _differ(row, other)).parts[:1]
+            other = (next(_image(document) for other, document in following if _differ(row, other)),)
             items.append(
                 Item(
                     key=row["image"],
@@ -90,7 +90,7 @@ class DemoQuestions:
     def items(self) -> list[Item]:
         items = []
         for key, row, document in _shuffled(Questions, self.path)[: self.num_questions]:
-            image = document.parts[0]
+            image = _image(document)
             kind = question_type(row["answer"])
             items.append(
                 Item(
@@ -118,6 +118,12 @@ def _differ(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return row["concept"] != other["concept"] and row["caption"] != other["caption"]
 
 
+def _image(document: Document) -> Image:
+    image = document.parts[0]
+    assert isinstance(image, Image)
+    return image
+
+
 def _shuffled(reader_class: type[JsonLinesReader], path: Path) -> list[tuple[str, dict[str, Any], Document]]:
     """(key, row, document) of every row, in an order drawn once."""
     if not path.is_dir():
@@ -127,5 +133,10 @@ def _shuffled(reader_class: type[JsonLinesReader], path: Path) -> list[tuple[str
 
 
 def _documents(reader: JsonLinesReader) -> Iterator[tuple[str, dict[str, Any], Document]]:
-    for key, row in reader.rows():
-        yield key, row, reader.document(row, key)
+    for shard in reader.shards():
+        for row in reader.rows(shard):
+            if isinstance(row, Rejected):
+                raise UserError(
+                    f"the demo corpus is damaged: {row.key}: {row.reason}; build it again with `mm1 data demo`"
+                )
+            yield row.key, row.value, reader.document(row.value, row.key)

@@ -61,7 +61,7 @@ class _ImageTokens:
         """The image tokens of `pieces`, in reading order; None where they have no image."""
         if self.tokens is None or not any(piece.images for piece in pieces):
             return None
-        images = [self.index[image] for piece in pieces for image in piece.images]
+        images = [self.index[image] for piece in pieces for image in piece.images if image is not None]
         return self.tokens[torch.tensor(images, dtype=torch.int64, device=self.tokens.device)]
 
 
@@ -90,7 +90,12 @@ class Engine:
         self.pg_collection = pg_collection
         self.batch_size = batch_size
         vision = config.model.vision
-        self._processor = ImageProcessor(vision.image_size, vision.image_mean, vision.image_std)
+        if config.data.image_tiling != "none" and not config.data.text_only:
+            raise UserError(
+                f"this model was trained with data.image_tiling {config.data.image_tiling}: inference takes whole "
+                "images only and cannot run it"
+            )
+        self._processor = ImageProcessor.of(config)
         self._assembler = Assembler(
             seq_length=config.data.seq_length,
             tokens_per_image=config.model.connector.tokens_per_image,
@@ -209,7 +214,8 @@ class Engine:
 
     def _encode(self, pieces: Sequence[Piece]) -> _ImageTokens:
         """Encode every image of `pieces`, on the first pipeline stage."""
-        images = [] if self._assembler.text_only else [image for piece in pieces for image in piece.images]
+        stored = [] if self._assembler.text_only else [image for piece in pieces for image in piece.images]
+        images = [image for image in stored if image is not None]  # a prompt has none that is damaged
         distinct = list(dict.fromkeys(images))
         index = {image: number for number, image in enumerate(distinct)}
         if not distinct or self.pg_collection.pp.rank() > 0:
@@ -227,7 +233,7 @@ class Engine:
         multiple = self.pg_collection.tp.size() if self.config.parallel.sequence_parallel else 1
         seq_length = -(-max(map(self._length, pieces)) // multiple) * multiple
         assembler = replace(self._assembler, seq_length=seq_length)
-        return assembler([Row(source=0, pieces=[piece]) for piece in pieces]).to(device())
+        return assembler([Row([0], [piece]) for piece in pieces]).to(device())
 
     def _run(
         self,
@@ -273,7 +279,8 @@ class Engine:
         """[B] the likeliest token after each row's last, of those that text is made of."""
         last = (batch.segment_ids > 0).sum(dim=1) - 1
         logits = logits[torch.arange(len(last), device=last.device), last, : self.tokenizer.vocab_size].float()
-        for token in (self.tokenizer.image_id, self.tokenizer.pad_id, self.tokenizer.bos_id):
+        ids = self.tokenizer
+        for token in {ids.image_id, ids.pad_id, ids.bos_id} - {ids.eos_id}:  # one id may both pad and end texts
             logits[:, token] = -math.inf
         return logits.argmax(dim=-1)  # the first of equals
 

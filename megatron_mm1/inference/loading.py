@@ -11,7 +11,7 @@ import torch
 from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.validation import validate
-from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.parallel.device import layer_backend
@@ -59,7 +59,7 @@ def open_engine(checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED) -> Itera
     config = inference_config(metadata.mm1_config(), sizes=sizes, world_size=world_size)
     validate(config, world_size=world_size)
     backend = layer_backend(config.training.layer_backend)
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.data.tokenizer)
     check_tokenizer(metadata, tokenizer.fingerprint)
     initialize_process_group(timeout_minutes=config.parallel.distributed_timeout_minutes)
     try:

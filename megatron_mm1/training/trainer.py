@@ -14,8 +14,9 @@ from megatron_mm1.config.serialization import to_dict, to_yaml
 from megatron_mm1.config.validation import validate
 from megatron_mm1.data.balance import Dealer
 from megatron_mm1.data.batch import PackedBatch
-from megatron_mm1.data.loader import train_batches, training_plan, validation_batches
-from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.data.loader import train_batches, validation_batches
+from megatron_mm1.data.plan import training_data
+from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm1.errors import UserError
 from megatron_mm1.faults.watch import Pulse, watched
 from megatron_mm1.parallel.device import layer_backend
@@ -44,7 +45,7 @@ def train(config: MM1Config) -> None:
     """
     validate(config, world_size=launcher_ranks()[1])
     backend = layer_backend(config.training.layer_backend)
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.data.tokenizer)
     start = starting_point(config, tokenizer)
 
     parallel = config.parallel
@@ -88,16 +89,15 @@ class Run:
         self.config, self.tokenizer, self.groups = config, tokenizer, groups
         self.pulse = pulse or Pulse()
         self.iteration = self.consumed = 0
-        self.plan = training_plan(config, tokenizer=tokenizer)
-        self.plan_fingerprint = self.plan.fingerprint + (" text only" if config.data.text_only else "")
-        # The first stage encodes images; the last must know which could not be decoded, to leave their examples out.
-        decodes = groups.pp.rank() in (0, groups.pp.size() - 1)
-        place = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size(), "with_pixels": decodes}
+        self.data = training_data(config, tokenizer=tokenizer)
+        encodes = groups.pp.rank() == 0
+        place = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size(), "with_pixels": encodes}
         self.held_out = validation_batches(config, tokenizer=tokenizer, **place)
 
         self.model = build_model(config, backend=backend, pg_collection=groups)
         self.optimizer, self.scheduler = build_optimizer(config, self.model, pg_collection=groups)
         self.missing: tuple[str, ...] = ()
+        self.goes_on_with_other_data = False
         if start is not None:
             self._load(start)
 
@@ -105,9 +105,9 @@ class Run:
             config.training.micro_batch_size * groups.dp.size()
         )
         self.batches: Iterator[PackedBatch] = train_batches(
-            config, tokenizer=tokenizer, consumed_sequences=self.consumed, plan=self.plan, **place
+            config, tokenizer=tokenizer, consumed_sequences=self.consumed, data=self.data, **place
         )
-        self.dealer = Dealer.of(config, self.plan, dp_size=groups.dp.size())
+        self.dealer = Dealer.of(config, self.data.plan, dp_size=groups.dp.size())
         is_logger = torch.distributed.get_rank() == 0
         wandb_run_id = None if start is None or start.weights_only else start.metadata.wandb_run_id
         self.logger = RunLogger(config, iteration=self.iteration, enabled=is_logger, wandb_run_id=wandb_run_id)
@@ -117,6 +117,8 @@ class Run:
             self.logger.say(f" starting from {start.checkpoint}")
             if self.missing:
                 self.logger.say(f" not in it, and so drawn anew: {', '.join(self.missing)}")
+            if self.goes_on_with_other_data:
+                self.logger.say(f" on another data plan than it was trained on, from sequence {self.consumed:,}")
         checkpoints = config.checkpoint
         self.saver = CheckpointSaver(
             Path(config.run_dir) / "checkpoints",
@@ -134,11 +136,14 @@ class Run:
             self.missing = load_weights(start.checkpoint, self.model, pg_collection=self.groups)
             self.optimizer.reload_model_params()
             return
-        if start.metadata.plan_fingerprint != self.plan_fingerprint:
+        same_data = self.data.plan.fingerprint(start.metadata.consumed_sequences) == start.metadata.plan_fingerprint
+        if not same_data and not self.config.checkpoint.accept_other_data:
             raise UserError(
                 f"{start.checkpoint} was trained on another data plan (sources, weights, packing or data.seed differ): "
-                "restore data.* as in its config.yaml, or start anew from its weights with --checkpoint.finetune true"
+                "restore data.* as in its config.yaml, go on all the same from the same number of sequences with "
+                "--checkpoint.accept_other_data true, or start anew from its weights with --checkpoint.finetune true"
             )
+        self.goes_on_with_other_data = not same_data
         load_checkpoint(
             start.checkpoint, self.config, self.model, self.optimizer, self.scheduler, pg_collection=self.groups
         )
@@ -158,6 +163,8 @@ class Run:
             self.logger.progress(loss=statistics.losses.loss, **{"tokens/s": window.tokens_per_second})
             if is_logged:
                 figures = window.figures(self.iteration, self.consumed, statistics, rates)
+                epochs = self.data.plan.epochs(self.consumed)
+                figures |= {f"epochs {name}": value for name, value in epochs.items()}
                 figures |= routing_figures(self.config, self.model, pg_collection=self.groups)
                 self.logger.record("train", self.iteration, figures)
                 self.logger.say(console_line(figures, train_iters=last))
@@ -215,7 +222,7 @@ class Run:
             consumed_sequences=self.consumed,
             config=to_dict(self.config),
             tokenizer_fingerprint=self.tokenizer.fingerprint,
-            plan_fingerprint=self.plan_fingerprint,
+            plan_fingerprint=self.data.plan.fingerprint(self.consumed),
             wandb_run_id=self.logger.wandb_run_id,
             world_size=torch.distributed.get_world_size(),
         )

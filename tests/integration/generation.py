@@ -10,7 +10,7 @@ from megatron_mm1.config import MM1Config
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.records import Image, Text
-from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm1.evaluation.runner import run_items
 from megatron_mm1.evaluation.task import Item, Measure, Outcome
 from megatron_mm1.inference.engine import Engine, Prompt, Score
@@ -34,7 +34,7 @@ def run_engine(
     try:
         model = build_module(config, backend="local", pg_collection=groups)
         load_weights(checkpoint, [model], pg_collection=groups)
-        tokenizer = Tokenizer(config.data.tokenizer)
+        tokenizer = open_tokenizer(config.data.tokenizer)
         vars(tokenizer).update(special_ids or {})
         engine = Engine(config, model, tokenizer, pg_collection=groups, batch_size=batch_size)
         ids = engine.generate_ids(prompts, max_new_tokens=max_new_tokens)
@@ -68,7 +68,7 @@ def run_task(config: MM1Config, checkpoint: Path, task: Continue) -> list[Outcom
     try:
         model = build_module(config, backend="local", pg_collection=groups)
         load_weights(checkpoint, [model], pg_collection=groups)
-        engine = Engine(config, model, Tokenizer(config.data.tokenizer), pg_collection=groups)
+        engine = Engine(config, model, open_tokenizer(config.data.tokenizer), pg_collection=groups)
         return run_items(engine, task, task.items(), label="continue")
     finally:
         destroy_process_groups()
@@ -79,7 +79,7 @@ def replicas(config: MM1Config) -> tuple[int, int, bool]:
     groups = build_process_groups(config.parallel, seed=1)
     try:
         model = torch.nn.Identity()
-        engine = Engine(config, model, Tokenizer(config.data.tokenizer), pg_collection=groups)
+        engine = Engine(config, model, open_tokenizer(config.data.tokenizer), pg_collection=groups)
         return engine.num_replicas, engine.replica, engine.is_replica_leader
     finally:
         destroy_process_groups()
@@ -99,7 +99,7 @@ def run_slowly(
         model: Any = build_module(config, backend="local", pg_collection=groups)
         load_weights(checkpoint, [model], pg_collection=groups)
         model.eval()
-        tokenizer = Tokenizer(config.data.tokenizer)
+        tokenizer = open_tokenizer(config.data.tokenizer)
 
         def log_probabilities(prompt: Prompt, behind: list[int]) -> torch.Tensor:
             """[S, vocabulary] after each position of the prompt and the tokens behind it."""

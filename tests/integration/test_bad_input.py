@@ -98,7 +98,34 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
 
 def test_another_data_plan_is_refused(trained):
     arguments = ("--run_dir", str(trained), "--data.seed", "7", "--training.train_iters", "2")
-    assert_refused(mm1(*SMALL, *arguments), "another data plan")
+    assert_refused(mm1(*SMALL, *arguments), "another data plan", "--checkpoint.accept_other_data true")
+
+
+def test_another_data_plan_is_taken_where_that_is_asked_for_and_told(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    arguments = ("--run_dir", str(run), "--data.seed", "7", "--training.train_iters", "2")
+    result = mm1(*SMALL, *arguments, "--checkpoint.accept_other_data", "true")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "on another data plan than it was trained on, from sequence 8" in result.stdout
+
+
+def test_a_phase_still_to_come_is_no_other_data_plan(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    phase = "[{step: 1, weights: {captions: 1}}]"
+    arguments = ("--run_dir", str(run), "--data.curriculum", phase, "--training.train_iters", "2")
+    result = mm1(*SMALL, *arguments)
+    assert result.returncode == 0, result.stderr[-2000:]
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert last["iteration"] == 2
+    assert [name for name in last if name.startswith("loss ")] == ["loss captions"]
+    assert last["epochs captions"] > 0
+    assert_refused(mm1(*SMALL, "--run_dir", str(run), "--training.train_iters", "3"), "another data plan")
+
+
+def test_data_that_ends_before_training_does_is_refused(demo_corpus, tmp_path):
+    source = "{name: captions, path: .cache/demo-corpus/prepared/captions/train, max_epochs: 0.01}"
+    arguments = ("--run_dir", str(tmp_path / "run"), "--data.sources", f"[{source}]", "--training.train_iters", "500")
+    assert_refused(mm1(*SMALL, *arguments), "the data ends after", "raise max_epochs of data.sources")
 
 
 def test_another_schedule_is_refused(trained):

@@ -50,7 +50,7 @@ def test_own_parts_train_resume_and_are_evaluated(folder):
         *("data", "prepare", "--reader", "csv_reader.CsvReader", "--input", "pairs.csv"),
         *("--tokenizer", "tokenizer.model", "--output", "prepared"),
     )
-    assert "missing image: 1" in output
+    assert "image file missing or unreadable: 1" in output
     assert json.loads((folder / "prepared" / "manifest.json").read_text())
 
     settings = [

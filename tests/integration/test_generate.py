@@ -15,7 +15,7 @@ import pytest
 
 from megatron_mm1.config.presets import preset
 from megatron_mm1.data.records import Image, Text
-from megatron_mm1.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm1.data.tokenizer import open_tokenizer, train_tokenizer
 from megatron_mm1.parity.workers import WorkerError
 from tests.integration import generation
 from tests.integration.generation import with_data
@@ -235,4 +235,4 @@ def test_caption_refuses_another_tokenizer(model, tokenizer, tmp_path):
     (checkpoint / "mm1.json").write_text(json.dumps({**fields, "tokenizer_fingerprint": "another"}))
     result = mm1_caption(checkpoint, file)
     assert result.returncode == 2
-    assert Tokenizer(tokenizer).fingerprint[:12] in result.stderr
+    assert open_tokenizer(tokenizer).fingerprint[:12] in result.stderr

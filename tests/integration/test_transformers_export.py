@@ -31,7 +31,7 @@ from megatron_mm1.config import (
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.records import Image, Text
-from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.inference.engine import Engine, Prompt
 from megatron_mm1.model.mm1 import MM1Model
 from tests import transformers_runner
@@ -197,7 +197,7 @@ def pixels(config: MM1Config, prompt: Prompt) -> Tensor:
 
 def ours(case: Exported, prompt: Prompt) -> tuple[list[int], Tensor]:
     """Token ids of a prompt with its images at full length, and the logits of our model for it."""
-    tokenizer, per_image = Tokenizer(case.config.data.tokenizer), case.config.model.connector.tokens_per_image
+    tokenizer, per_image = open_tokenizer(case.config.data.tokenizer), case.config.model.connector.tokens_per_image
     ids = [tokenizer.bos_id]
     for part in prompt:
         ids += [tokenizer.image_id] * per_image if isinstance(part, Image) else tokenizer.encode(part.text)
@@ -259,7 +259,7 @@ def test_prompts_decode_to_their_text(case: Exported) -> None:
 
 
 def test_special_names_in_text_are_text(case: Exported) -> None:
-    tokenizer = Tokenizer(case.config.data.tokenizer)
+    tokenizer = open_tokenizer(case.config.data.tokenizer)
     assert case.theirs["tokenizer"] == tokenizer.encode("the <image> and </s>")
 
 

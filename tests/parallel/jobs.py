@@ -13,7 +13,7 @@ from megatron_mm1.config import MM1Config, ParallelConfig
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.loader import train_batches
-from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
 from megatron_mm1.parity.batches import synthetic_batches
 from megatron_mm1.training import trainer
@@ -68,10 +68,10 @@ class Run:
         config = self.config
         batches = train_batches(
             config,
-            tokenizer=Tokenizer(config.data.tokenizer),
+            tokenizer=open_tokenizer(config.data.tokenizer),
             dp_rank=self.groups.dp.rank(),
             dp_size=self.groups.dp.size(),
-            with_pixels=self.groups.pp.rank() in (0, self.groups.pp.size() - 1),
+            with_pixels=self.groups.pp.rank() == 0,
             consumed_sequences=consumed_sequences,
         )
         count = config.training.global_batch_size // (config.training.micro_batch_size * self.groups.dp.size())
@@ -84,7 +84,7 @@ class Run:
             iteration=iteration,
             consumed_sequences=consumed,
             config=to_dict(self.config),
-            tokenizer_fingerprint=Tokenizer(self.config.data.tokenizer).fingerprint,
+            tokenizer_fingerprint=open_tokenizer(self.config.data.tokenizer).fingerprint,
             plan_fingerprint="test",
             world_size=torch.distributed.get_world_size(),
         )
@@ -142,7 +142,7 @@ def resume(config: MM1Config, checkpoint: Path) -> list[float]:
 
 def train_as_users_do(config: MM1Config) -> None:
     """The trainer's own run, from its configuration to its last checkpoint."""
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.data.tokenizer)
     groups = build_process_groups(config.parallel, seed=config.training.seed)
     start = starting_point(config, tokenizer)
     check_ranks_agree(start)

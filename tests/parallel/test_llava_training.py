@@ -6,7 +6,8 @@ AdamW. Ours sees the same examples assembled into packed batches, in one process
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from megatron_mm1.checkpoint.format import CheckpointMetadata
 from megatron_mm1.config import MM1Config, OptimizerConfig
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.data.assemble import Assembler, Row
-from megatron_mm1.data.batch import PackedBatch
+from megatron_mm1.data.batch import ImageGroup, PackedBatch
+from megatron_mm1.data.images.preprocessing import EncodedImage
 from megatron_mm1.data.source import Piece
 from megatron_mm1.parity.jobs import itself, main_grad
 from megatron_mm1.parity.report import FLOOR
@@ -121,10 +123,12 @@ def make_examples() -> list[list[Example]]:
     return [[make_example(parts, generator) for parts in sequence] for sequence in SEQUENCES]
 
 
-def read_pixels(images: list[bytes]) -> tuple[Tensor, list[bool]]:
+class ReadsPixels:
     """In the place of an ImageProcessor, for images that are float32 pixels already."""
-    pixels = [torch.frombuffer(bytearray(image), dtype=torch.float32) for image in images]
-    return torch.stack(pixels).view(-1, 3, IMAGE_SIZE, IMAGE_SIZE), [True] * len(images)
+
+    def fill(self, group: ImageGroup, images: Sequence[EncodedImage]) -> ImageGroup:
+        pixels = [torch.frombuffer(bytearray(image.data or b""), dtype=torch.float32) for image in images]
+        return replace(group, pixels=torch.stack(pixels).view(-1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 
 def packed_batches(config: MM1Config) -> list[PackedBatch]:
@@ -135,9 +139,9 @@ def packed_batches(config: MM1Config) -> list[PackedBatch]:
         image_id=IMAGE_ID,
         pad_id=0,
         image_size=IMAGE_SIZE,
-        processor=read_pixels,
+        processor=ReadsPixels(),
     )
-    rows = [Row(source=0, pieces=[example.piece for example in sequence]) for sequence in make_examples()]
+    rows = [Row([0] * len(sequence), [example.piece for example in sequence]) for sequence in make_examples()]
     size = config.training.micro_batch_size
     return [assemble(rows[start : start + size]) for start in range(0, len(rows), size)]
 

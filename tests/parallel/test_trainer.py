@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_mm1.data.loader import train_batches
-from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.data.tokenizer import open_tokenizer
 from tests.parallel import jobs
 from tests.parallel.test_layouts import config_of
 
@@ -67,7 +67,7 @@ def test_a_run_reports_the_same_in_every_layout(pool, demo_corpus, tmp_path, lay
 
 def most_images_over_mean(config, *, dp_size, steps):
     """Of each step, over data-parallel ranks, counted in the batches themselves."""
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.data.tokenizer)
     ranks = [
         train_batches(config, tokenizer=tokenizer, dp_rank=rank, dp_size=dp_size, with_pixels=False)
         for rank in range(dp_size)

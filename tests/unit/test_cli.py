@@ -11,6 +11,7 @@ import pytest
 
 from megatron_mm1.cli import main
 from megatron_mm1.config.presets import preset
+from megatron_mm1.data.prepared import Manifest
 from megatron_mm1.errors import ConfigError, UserError
 
 
@@ -70,11 +71,44 @@ def test_data_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 def test_data_prepare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stand_in(monkeypatch, "megatron_mm1.data.prepare", "prepare_main")
+    calls.result = Manifest(
+        counts={"documents": 3000},
+        records={"read": 3002, "written": 3000, "rejected": {"blank text": 2}},
+        images={"seen": 5, "written": 4, "dropped": {"not an image": 1}},
+        tokenizer="",
+        origin={},
+        parts=(),
+    )
     options = ["--reader", "own.Reader", "--input", "in", "--tokenizer", "t.model", "--output", "out"]
-    assert main(["data", "prepare", *options]) == 0
-    paths = {"input": Path("in"), "tokenizer": Path("t.model"), "output": Path("out")}
-    assert calls.namespace == {"reader": "own.Reader", **paths}
-    assert capsys.readouterr().out == "documents: 3\n"
+    assert main(["data", "prepare", *options, "--option", "a=1", "--option", "b=2", "--workers", "3"]) == 0
+    assert calls.namespace == {
+        "reader": "own.Reader",
+        "input": Path("in"),
+        "tokenizer": Path("t.model"),
+        "output": Path("out"),
+        "option": ["a=1", "b=2"],
+        "workers": 3,
+        "part_size": None,
+        "max_bad_fraction": 0.1,
+        "image_check": "decode",
+        "no_filters": False,
+        "max_repeats": None,
+    }
+    assert capsys.readouterr().out.splitlines() == [
+        "documents: 3,000",
+        "records: 3,002 read, 3,000 written",
+        "  left out, blank text: 2",
+        "images of those: 5 seen, 4 written",
+        "  left out, not an image: 1",
+    ]
+
+
+@pytest.mark.parametrize("option", ["--workers", "--part-size"])
+def test_data_prepare_takes_counts(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    options = ["--reader", "text", "--input", "in", "--tokenizer", "t.model", "--output", "out"]
+    with pytest.raises(SystemExit):
+        main(["data", "prepare", *options, option, "0"])
+    assert "0 is no count: use 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--tensor-model-parallel-size", "--tensor_model_parallel_size"])

@@ -298,6 +298,24 @@ def test_rule_is_told_with_its_numbers_and_the_fix(base: str, world_size: int, a
         ("data.sources", "[{name: a, path: b, weight: 0}]", "the weights of data.sources (a) are all 0"),
         ("data.sources", "[{name: a, path: b, weight: -1}]", "the weight -1.0 of source 'a' is not a share"),
         ("data.sources", "[{name: a, path: b}, {name: a, path: c}]", "data.sources has 2 sources named 'a'"),
+        ("data.sources", "[{name: a, path: b, max_epochs: 0}]", "max_epochs 0.0 of source 'a' is nothing to train on"),
+        ("data.curriculum", "[{step: 0, weights: {text: 1}}]", "the steps of data.curriculum [0] must be above 0"),
+        (
+            "data.curriculum",
+            "[{step: 9, weights: {text: 1}}, {step: 9, weights: {text: 1}}]",
+            "the steps of data.curriculum [9, 9] must be above 0 and increase",
+        ),
+        (
+            "data.curriculum",
+            "[{step: 9, weights: {text: 1, txt: 1}}]",
+            "data.curriculum[0] gives weights to txt, which data.sources (captions, interleaved, questions, text) does",
+        ),
+        (
+            "data.curriculum",
+            "[{step: 9, weights: {text: 0}}]",
+            "the weights of data.curriculum[0] {'text': 0.0} are no",
+        ),
+        ("data.packing", "mixed", 'with data.packing "mixed" a sequence holds several sources'),
         ("data.validation", "[{name: a, path: b}, {name: a, path: c}]", "data.validation has 2 sources named 'a'"),
     ],
 )

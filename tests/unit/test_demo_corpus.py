@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_mm1.data import demo_downloads
@@ -13,7 +14,7 @@ from megatron_mm1.data.demo_content import caption_of
 from megatron_mm1.data.demo_downloads import fetch_packages
 from megatron_mm1.data.demo_pages import PageParser, cut_page
 from megatron_mm1.data.source import IndexedSource
-from megatron_mm1.data.tokenizer import Tokenizer
+from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.errors import UserError
 
 PAGE = """<html><head><title>Skipped</title></head><body>
@@ -103,15 +104,17 @@ class TestBuiltCorpus:
         )
 
     def test_opens_with_its_tokenizer_and_fits_the_tiny_preset(self, demo_corpus: Path) -> None:
-        tokenizer = Tokenizer(demo_corpus / "tokenizer.model")
+        tokenizer = open_tokenizer(demo_corpus / "tokenizer.model")
         assert tokenizer.vocab_size == 4096
         for name in ("captions", "questions", "interleaved", "text"):
             for split in SPLITS:
                 source = IndexedSource(
                     demo_corpus / "prepared" / name / split, tokenizer_fingerprint=tokenizer.fingerprint
                 )
-                assert (source.lengths(9) <= 256).mean() > 0.97, (name, split)
-                assert source.num_images.min() >= (name != "text")
+                documents = np.arange(len(source))
+                num_images = source.num_images(documents)
+                assert (source.num_tokens(documents) + 8 * num_images <= 256).mean() > 0.97, (name, split)
+                assert num_images.min() >= (name != "text")
 
     def test_interleaved_documents_have_no_navigation(self, demo_corpus: Path) -> None:
         for row in rows(demo_corpus / "raw" / "interleaved" / "train" / "documents.jsonl"):

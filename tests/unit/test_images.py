@@ -11,8 +11,7 @@ import PIL.ImageOps
 import pytest
 import torch
 
-from megatron_mm1.data import images
-from megatron_mm1.data.images import ImageProcessor, UnusableImage, check_image, decode
+from megatron_mm1.data.images import ImageProcessor, UnusableImage, check_image, decode, decoding
 from tests.corpora import encoded
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -76,6 +75,7 @@ BAD = {
     "PNG cut short": encoded("PNG", size=(64, 64))[:100],
     "too many pixels": png_header(9_000, 9_000),
     "too wide": png_header(20_000, 8),
+    "too large both ways": png_header(20_000, 20_000),
     "far too many pixels": png_header(2**31 - 1, 2**31 - 1),
 }
 
@@ -134,8 +134,8 @@ def test_huge_image_is_refused_before_it_is_decoded(kind: str, monkeypatch: pyte
     def refuse(*args: object) -> None:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(images, "_decode_with_dali", lambda data: [refuse() for _ in data])
-    monkeypatch.setattr(images, "_decode_with_pillow", refuse)
+    monkeypatch.setattr(decoding, "_decode_with_dali", lambda data: [refuse() for _ in data])
+    monkeypatch.setattr(decoding, "decode_with_pillow", refuse)
     assert decode([BAD[kind]]) == [None]
     with pytest.raises(UnusableImage, match="image too large"):
         check_image(BAD[kind])
@@ -155,9 +155,9 @@ def test_check_names_the_reason(kind: str, reason: str) -> None:
         check_image(BAD[kind])
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
-def test_check_gives_height_and_width(kind: str) -> None:
-    width, height = PIL.Image.open(io.BytesIO(PICTURES[kind])).size
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "JPEG turned 3", "JPEG turned 6", "WebP animated, turned"])
+def test_check_gives_height_and_width_of_the_upright_image(kind: str) -> None:
+    width, height = by_pillow(PICTURES[kind]).size
     assert check_image(PICTURES[kind]) == (height, width)
 
 
@@ -173,6 +173,20 @@ def test_damaged_bytes_raise_nothing(kind: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert len(decode(damaged)) == 20
+
+
+def test_extension_does_not_matter() -> None:
+    """Bytes have no name: the format is what they begin with."""
+    bomb = zipped_bomb()
+    assert len(bomb) < 100_000
+    assert decode([bomb, PICTURES["GIF"], PICTURES["WebP"]])[0] is None
+
+
+def zipped_bomb() -> bytes:
+    """A valid PNG of a few kilobytes that decodes to 400 MB."""
+    content = io.BytesIO()
+    PIL.Image.new("1", (9_999, 9_999)).save(content, "PNG")
+    return content.getvalue()
 
 
 def test_no_images() -> None:

@@ -61,8 +61,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_wheel_has_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    sources = (path for path in (ROOT / "megatron_mm1").rglob("*") if path.is_file() and path.suffix != ".pyc")
-    assert packed == {path.relative_to(ROOT).as_posix() for path in sources}
+    files = (path.relative_to(ROOT) for path in (ROOT / "megatron_mm1").rglob("*") if path.is_file())
+    assert packed == {file.as_posix() for file in files if "__pycache__" not in file.parts}
 
 
 def test_wheel_declares_version_license_and_command(wheel: zipfile.ZipFile) -> None:

@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mm1.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from megatron_mm1.errors import UserError
 from tests.corpora import small_tokenizer
 
@@ -70,14 +70,14 @@ def test_equal_text_gives_an_equal_model(tmp_path: Path) -> None:
 
 def test_missing_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no tokenizer at .*nowhere.model"):
-        Tokenizer(tmp_path / "nowhere.model")
+        open_tokenizer(tmp_path / "nowhere.model")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x0a\x05abcde"])
 def test_file_that_is_no_model(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "broken.model").write_bytes(content)
     with pytest.raises(UserError, match=r"broken\.model"):
-        Tokenizer(tmp_path / "broken.model")
+        open_tokenizer(tmp_path / "broken.model")
 
 
 def test_model_without_image_symbol(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_model_without_image_symbol(tmp_path: Path) -> None:
             sentence_iterator=texts, model_writer=model, model_type="bpe", vocab_size=24, pad_id=3, minloglevel=2
         )
     with pytest.raises(UserError, match="no control symbol '<image>'"):
-        Tokenizer(tmp_path / "plain.model")
+        open_tokenizer(tmp_path / "plain.model")
 
 
 def test_too_little_text_leaves_no_file(tmp_path: Path) -> None:

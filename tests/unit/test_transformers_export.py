@@ -14,9 +14,14 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from megatron_mm1.checkpoint.tensors import StateDict, collect
-from megatron_mm1.checkpoint.transformers_export import export_transformers, import_from_transformers
+from megatron_mm1.checkpoint.transformers_export import (
+    _generation_config,
+    export_transformers,
+    import_from_transformers,
+)
 from megatron_mm1.checkpoint.transformers_export.configuration import from_transformers, to_transformers
 from megatron_mm1.checkpoint.transformers_export.correspondence import mm1_correspondence
 from megatron_mm1.checkpoint.transformers_export.files.image_processing_mm1 import MM1ImageProcessor
@@ -32,7 +37,7 @@ from megatron_mm1.config import (
     VisionConfig,
 )
 from megatron_mm1.data.images import ImageProcessor
-from megatron_mm1.data.tokenizer import IMAGE_SYMBOL, Tokenizer, train_tokenizer
+from megatron_mm1.data.tokenizer import IMAGE_SYMBOL, Tokenizer, open_tokenizer, train_tokenizer
 from megatron_mm1.errors import UserError
 from tests.corpora import encoded, small_tokenizer
 
@@ -216,7 +221,7 @@ def repetitive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, tok
     path = tmp_path_factory.mktemp("repetitive") / "tokenizer.model"
     words = ["abababab", "aaaa", "aaaaaaa", "ab", "ba", "aba", "bab", "abb", "    ", "----", "====", "abaab"]
     train_tokenizer([" ".join(words), " ".join(reversed(words))] * 40, path, vocab_size=310)
-    return Tokenizer(path), fast(Tokenizer(path))
+    return open_tokenizer(path), fast(open_tokenizer(path))
 
 
 def assert_same(pair: tuple[Tokenizer, tokenizers.Tokenizer], text: str) -> None:
@@ -274,9 +279,40 @@ def test_the_beginning_of_text_is_put_first(pair) -> None:
 @pytest.mark.demo
 @pytest.mark.parametrize("file", ["text/validation/glosses.txt", "interleaved/validation/documents.jsonl"])
 def test_the_demo_corpus_gives_our_ids(demo_corpus: Path, file: str) -> None:
-    ours = Tokenizer(demo_corpus / "tokenizer.model")
+    ours = open_tokenizer(demo_corpus / "tokenizer.model")
     text = (demo_corpus / "raw" / file).read_text()
     assert_same((ours, fast(ours)), text)
+
+
+def test_a_tokenizer_json_is_exported_as_it_is(tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        ["red green blue square"] * 20,
+        tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False),
+    )
+    made.add_special_tokens(["<|endoftext|>", "<|image_pad|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}')
+    ours = open_tokenizer(tmp_path / "tokenizer.json")
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    for name, content in tokenizer_files(ours, max_length=64).items():
+        (exported / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert (exported / "tokenizer.json").read_bytes() == ours.path.read_bytes()
+    theirs = AutoTokenizer.from_pretrained(exported)
+    for text in ("red square", "a <|image_pad|> <|endoftext|>", "naïve café 😀"):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
+    assert theirs.image_token == "<|image_pad|>"
+    assert open_tokenizer(exported / "tokenizer.json").fingerprint == ours.fingerprint
+
+
+def test_an_end_of_text_that_also_pads_can_be_generated() -> None:
+    ids = {"image_token_id": 5, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 2}
+    assert json.loads(_generation_config(ids, 6, vocab_rows=8))["suppress_tokens"] == [5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +350,7 @@ def test_other_kinds_of_tokenizer_are_refused(tmp_path: Path, options: dict[str,
             **{**ours, **options},
         )
     with pytest.raises(UserError, match=says):
-        tokenizer_files(Tokenizer(tmp_path / "other.model"), max_length=64)
+        tokenizer_files(open_tokenizer(tmp_path / "other.model"), max_length=64)
 
 
 # Pixels

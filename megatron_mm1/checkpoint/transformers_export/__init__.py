@@ -19,7 +19,7 @@ from megatron_mm1.checkpoint.transformers_export.correspondence import EMBEDDING
 from megatron_mm1.checkpoint.transformers_export.tokenizer import tokenizer_files
 from megatron_mm1.config import MM1Config, ModelConfig
 from megatron_mm1.config.derived import padded_vocab_size
-from megatron_mm1.data.tokenizer import IMAGE_SYMBOL, Tokenizer
+from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.errors import UserError
 
 __all__ = ["MODEL_TYPE", "export_transformers", "import_from_transformers"]
@@ -47,7 +47,7 @@ def export_transformers(config: MM1Config, source: TensorSource) -> tuple[dict[s
             configuration.
     """
     check_exportable(config.model)
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer(config.data.tokenizer)
     vocab_rows = _vocab_rows(config.model, source)
     if tokenizer.vocab_size > vocab_rows:
         raise UserError(
@@ -70,7 +70,7 @@ def export_transformers(config: MM1Config, source: TensorSource) -> tuple[dict[s
     )
     files: dict[str, bytes | str] = {name: (_CODE / name).read_text() for name in CODE_FILES}
     files |= tokenizer_files(tokenizer, max_length=config.data.seq_length)
-    files |= _processor_files(config)
+    files |= _processor_files(config, image_symbol=tokenizer.symbol(tokenizer.image_id))
     files["generation_config.json"] = _generation_config(special_ids, tokenizer.vocab_size, vocab_rows=vocab_rows)
     return their_config, plan, files
 
@@ -103,8 +103,16 @@ def _usual_dtype(plan: Plan) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def _processor_files(config: MM1Config) -> dict[str, str]:
+def _processor_files(config: MM1Config, *, image_symbol: str) -> dict[str, str]:
     vision = config.model.vision
+    if vision.image_resize != "squash":
+        raise UserError(
+            f"model.vision.image_resize is {vision.image_resize}: the exported image processor only squashes images"
+        )
+    if config.data.image_tiling != "none" and not config.data.text_only:
+        raise UserError(
+            f"data.image_tiling is {config.data.image_tiling}: the exported image processor cuts no image into tiles"
+        )
     images = {
         "auto_map": {"AutoImageProcessor": _IMAGE_PROCESSOR, "AutoProcessor": _PROCESSOR},
         "image_processor_type": "MM1ImageProcessor",
@@ -117,7 +125,7 @@ def _processor_files(config: MM1Config) -> dict[str, str]:
         "auto_map": {"AutoProcessor": _PROCESSOR},
         "processor_class": "MM1Processor",
         "tokens_per_image": config.model.connector.tokens_per_image,
-        "image_token": IMAGE_SYMBOL,
+        "image_token": image_symbol,
         "takes_images": not config.data.text_only,
     }
     return {
@@ -129,5 +137,7 @@ def _processor_files(config: MM1Config) -> dict[str, str]:
 def _generation_config(special_ids: Mapping[str, int], pieces: int, *, vocab_rows: int) -> str:
     """Greedy; what is no text is never generated: images, padding, beginnings of text, rows that are no piece."""
     ids = dict(special_ids)
-    never = [ids.pop("image_token_id"), ids["pad_token_id"], ids["bos_token_id"], *range(pieces, vocab_rows)]
+    symbols = dict.fromkeys([ids.pop("image_token_id"), ids["pad_token_id"], ids["bos_token_id"]])
+    symbols.pop(ids["eos_token_id"], None)  # one id may both pad and end texts
+    never = [*symbols, *range(pieces, vocab_rows)]
     return json.dumps({**ids, "do_sample": False, "suppress_tokens": never}, indent=2)

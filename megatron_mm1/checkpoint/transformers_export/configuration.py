@@ -45,6 +45,7 @@ _VISION = {
     "patch_bias": "use_patch_bias",
     "feature_layer": "vision_feature_layer",
     "final_layernorm": "use_post_layernorm",
+    "image_resize": "image_resize",
     "image_mean": "image_mean",
     "image_std": "image_std",
 }

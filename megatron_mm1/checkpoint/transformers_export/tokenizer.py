@@ -1,4 +1,6 @@
-"""tokenizer.json (the form of Hugging Face's tokenizers) from a SentencePiece model: the same ids for the same text."""
+"""The tokenizer as transformers loads it: a tokenizer.json as it is, or one made from a SentencePiece model that gives
+the same ids for the same text.
+"""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +9,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_mm1.data.tokenizer import IMAGE_SYMBOL, Tokenizer
+from megatron_mm1.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatron_mm1.errors import UserError
 
 _SPACE = "\u2581"  # SentencePiece's mark of a space
@@ -16,7 +18,7 @@ _BPE = 2
 
 
 def tokenizer_files(tokenizer: Tokenizer, *, max_length: int) -> dict[str, bytes | str]:
-    """tokenizer.json and tokenizer_config.json for transformers, and the SentencePiece model for the way back.
+    """tokenizer.json and tokenizer_config.json for transformers, and a SentencePiece model for the way back.
 
     As in training, the name of a special symbol in text ("<image>", "</s>") is ordinary text: `split_special_tokens`.
 
@@ -24,32 +26,31 @@ def tokenizer_files(tokenizer: Tokenizer, *, max_length: int) -> dict[str, bytes
         max_length: positions of the model's sequence.
 
     Raises:
-        UserError: the model does more than byte-pair encoding of the text as it is.
+        UserError: a SentencePiece model does more than byte-pair encoding of the text as it is.
     """
-    content = tokenizer.path.read_bytes()
-    model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(content)
-    _check(model, tokenizer.path)
-    pieces = {name: model.pieces[token].piece for name, token in _special_ids(tokenizer).items()}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "padding_side": "left",
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
-        **{f"{name}_token": piece for name, piece in pieces.items() if name != "image"},
-        "unk_token": model.trainer_spec.unk_piece,
-        "extra_special_tokens": {"image_token": IMAGE_SYMBOL},
+        "bos_token": tokenizer.symbol(tokenizer.bos_id),
+        "eos_token": tokenizer.symbol(tokenizer.eos_id),
+        "pad_token": tokenizer.symbol(tokenizer.pad_id),
+        "extra_special_tokens": {"image_token": tokenizer.symbol(tokenizer.image_id)},
     }
+    content = tokenizer.path.read_bytes()
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(config, indent=2)}
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(content)
+    _check(model, tokenizer.path)
+    config["unk_token"] = model.trainer_spec.unk_piece
     return {
         "tokenizer.model": content,
         "tokenizer.json": json.dumps(_tokenizer(model, bos=tokenizer.bos_id), ensure_ascii=False),
         "tokenizer_config.json": json.dumps(config, indent=2),
     }
-
-
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id, "image": tokenizer.image_id}
 
 
 def _check(model: Any, path: Path) -> None:
