@@ -1,0 +1,1 @@
+"""`mm1 data inspect`: what prepared data holds, and what a run makes of it."""
