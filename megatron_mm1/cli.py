@@ -1,6 +1,7 @@
 """The `mm1` command. Each subcommand imports what it needs when it runs, so that the rest starts without torch."""
 
 import argparse
+import dataclasses
 import itertools
 import logging
 import os
@@ -120,8 +121,8 @@ def data_inspect(argv: Sequence[str]) -> None:
     paths = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     args, config_arguments = build_inspect_parser().parse_known_args(argv[len(paths) :])
     if paths:
-        if config_arguments:
-            raise UserError(f"folders are looked at without a configuration: leave out {' '.join(config_arguments)}")
+        if options := argv[len(paths) :]:
+            raise UserError(f"folders are looked at without a configuration or options: leave out {' '.join(options)}")
         from megatron_mm1.data.inspect.prepared_data import describe
 
         print("\n".join(line for path in paths for line in describe(path)))
@@ -129,6 +130,12 @@ def data_inspect(argv: Sequence[str]) -> None:
     from megatron_mm1.config.loading import load_config
 
     config = load_config(config_arguments)
+    from megatron_mm1.config.schema import ParallelConfig
+    from megatron_mm1.config.validation import validate
+
+    validate(dataclasses.replace(config, parallel=ParallelConfig()), world_size=1)  # data is the same in every layout
+    if not config.data.sources:
+        raise UserError("data.sources names no training data: list the folders that `mm1 data prepare` wrote")
     from megatron_mm1.data.files import replace_file
     from megatron_mm1.data.inspect.mixture import mixture_table
     from megatron_mm1.data.inspect.page import page, random_indices
@@ -140,7 +147,11 @@ def data_inspect(argv: Sequence[str]) -> None:
     print("\n".join(mixture_table(config, data, num_sequences=args.sequences)))
     if args.output is not None:
         indices = random_indices(config, count=args.shown, seed=args.seed)
-        replace_file(args.output, page(config, data, tokenizer, indices).encode())
+        content = page(config, data, tokenizer, indices).encode()
+        try:
+            replace_file(args.output, content)
+        except OSError as error:
+            raise UserError(f"cannot write {args.output}: {error.strerror}") from None
         print(f"{args.output}: {len(indices)} sequences")
 
 

@@ -108,7 +108,7 @@ def test_data_prepare_takes_counts(capsys: pytest.CaptureFixture[str], option: s
     options = ["--reader", "text", "--input", "in", "--tokenizer", "t.model", "--output", "out"]
     with pytest.raises(SystemExit):
         main(["data", "prepare", *options, option, "0"])
-    assert "0 is no count: use 1 or more" in capsys.readouterr().err
+    assert "'0' is not a positive whole number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--tensor-model-parallel-size", "--tensor_model_parallel_size"])

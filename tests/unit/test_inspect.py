@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from megatron_mm1.cli import main
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.schema import SourceConfig
-from megatron_mm1.data.inspect.mixture import mixture_table, realised_mixture
+from megatron_mm1.data.inspect.mixture import epochs, mixture_table, realised_mixture
 from megatron_mm1.data.inspect.page import page, random_indices
 from megatron_mm1.data.inspect.prepared_data import describe, duplicate_documents, duplicate_images
 from megatron_mm1.data.plan import TrainingData, training_data
@@ -70,8 +71,6 @@ def test_the_realised_mixture_is_what_the_weights_say(folder: Path, unit: str, p
 
 
 def test_realised_positions_are_those_of_the_batches(folder: Path) -> None:
-    from itertools import islice
-
     from megatron_mm1.data.loader import train_batches
 
     config = small_config(folder)
@@ -165,7 +164,7 @@ def test_hostile_text_stays_text_and_damage_is_shown(folder: Path, tmp_path: Pat
     text = page(config, data, tokenizer, [0])
     shown = Shown(text)
     assert shown.elements["script"] == shown.elements["img"] == shown.elements["b"] == shown.elements["i"] == 0
-    assert evil in shown.trained
+    assert evil in shown.plain and shown.trained == ""  # not trained, as its image is damaged
     assert "damaged image: its example is not trained" in shown.plain
 
 
@@ -176,11 +175,78 @@ def test_page_needs_nothing_else(folder: Path) -> None:
     assert text.count("src=") == text.count('src="data:image/jpeg;base64,')
 
 
+def test_page_of_a_blind_run_has_no_images(folder: Path) -> None:
+    from megatron_mm1.data.loader import train_batches
+
+    config = small_config(folder, text_only=True)
+    data, tokenizer = opened(config)
+    shown = Shown(page(config, data, tokenizer, range(8)))
+    batches = list(islice(train_batches(config, tokenizer=tokenizer, dp_rank=0, dp_size=1), 4))
+    symbols = {token: symbol for symbol, token in tokenizer.controls.items()}
+    labels = Counter(int(label) for batch in batches for label in batch.labels.flatten() if label >= 0)
+    characters = sum(count * len(symbols.get(token) or tokenizer.decode([token])) for token, count in labels.items())
+    assert shown.elements["img"] == 0
+    assert len(shown.trained) == characters
+    realised = realised_mixture(config, data, range(8))
+    assert sum(of.positions for of in realised) == sum(int((batch.segment_ids > 0).sum()) for batch in batches)
+    assert sum(of.tiles for of in realised) == 0
+
+
+def test_epochs_of_a_mixed_run_are_by_source(folder: Path) -> None:
+    config = small_config(folder, packing="mixed", mixture_unit="examples")
+    data, _ = opened(config)
+    length = len(data.plan.ingredients[0].stream)
+    assert epochs(data, 2 * length) == pytest.approx({"captions": 3.0, "pages": 2.0})
+
+
+def test_phases_that_the_run_does_not_come_to_are_left_out(folder: Path) -> None:
+    from megatron_mm1.config.schema import CurriculumPhase
+
+    config = small_config(folder, curriculum=(CurriculumPhase(step=50, weights={"pages": 1.0}),))
+    config = replace(config, training=replace(config.training, train_iters=4))
+    lines = mixture_table(config, opened(config)[0], num_sequences=1000)
+    assert [line for line in lines if "sequences:" in line] == ["from step 0, over 32 sequences:"]
+
+
+def test_document_duplicates_are_found_without_reading_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_mm1.data.storage import LocalFolder
+
+    read: list[str] = []
+    plain = LocalFolder.read
+
+    def spy(self, ranges):
+        read.extend(wanted.name for wanted in ranges)
+        return plain(self, ranges)
+
+    monkeypatch.setattr(LocalFolder, "read", spy)
+    config = small_config(folder)
+    duplicate_documents(IndexedSource(config.data.sources[0].path, tokenizer_fingerprint=None))
+    assert {name.rpartition("/")[2] for name in read} == {"tokens.bin"}
+
+
+def test_mistakes_are_messages(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_mm1.config.serialization import to_yaml
+
+    config = small_config(folder)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    run = ["data", "inspect", "--config", str(tmp_path / "run.yaml"), "--sequences", "5", "--shown", "1"]
+    for arguments, message in (
+        ([*run, "--output", str(tmp_path / "run.yaml" / "page.html")], "cannot write"),
+        ([*run, "--data.sources", "[]"], "data.sources names no training data"),
+        ([*run, "--data.packing", "mixed"], "data.mixture_unit"),
+        (["data", "inspect", config.data.sources[0].path, "--output", "page.html"], "leave out --output page.html"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_choice_of_sequences_is_over_the_whole_run(folder: Path) -> None:
     config = small_config(folder)
     config = replace(config, training=replace(config.training, train_iters=1000))
     chosen = random_indices(config, count=200, seed=0)
     assert chosen == random_indices(config, count=200, seed=0) != random_indices(config, count=200, seed=1)
+    short = replace(config, training=replace(config.training, train_iters=4))
+    assert random_indices(short, count=100, seed=0) == list(range(32))
     assert chosen[0] < 800 and 7200 < chosen[-1] < 8000
 
 

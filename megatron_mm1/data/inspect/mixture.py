@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.data.plan import Sources, TrainingData, packing_limits
-from megatron_mm1.data.pools import PackingLimits, PieceOf
+from megatron_mm1.data.pools import PackedStream, PackingLimits, PieceOf
 
 
 @dataclass
@@ -35,7 +35,7 @@ def realised_mixture(config: MM1Config, data: TrainingData, indices: Sequence[in
     realised = [Realised() for _ in range(len(data.sources))]
     for index in indices:
         pieces = data.plan.sequence(index)
-        costs = [cost(data.sources, limits, piece) for piece in pieces]
+        costs = [cost(data.sources, limits, piece, text_only=config.data.text_only) for piece in pieces]
         positions, tiles = (sum(column) for column in zip(*costs, strict=True))
         fill = positions / limits.seq_length, tiles / max(1, limits.max_images)
         for source in {piece.source for piece in pieces}:
@@ -49,29 +49,38 @@ def realised_mixture(config: MM1Config, data: TrainingData, indices: Sequence[in
     return realised
 
 
-def cost(sources: Sources, limits: PackingLimits, piece: PieceOf) -> tuple[int, int]:
-    """Positions and images (tiles) that a piece takes in its sequence."""
+def cost(sources: Sources, limits: PackingLimits, piece: PieceOf, *, text_only: bool) -> tuple[int, int]:
+    """Positions and images (tiles) that a piece takes in its sequence; with `text_only`, no image takes any."""
     positions, sizes = sources[piece.source].images_of(np.array([piece.document]))
     inside = (positions >= piece.start) & (positions < piece.stop)
     count = np.full(len(positions), len(positions))
     each = np.ones(len(positions), np.int64) if limits.tiles is None else limits.tiles(sizes, count)
-    tiles = int(each[inside].sum())
+    tiles = 0 if text_only else int(each[inside].sum())
     return piece.stop - piece.start - int(inside.sum()) + tiles * limits.tokens_per_image, tiles
 
 
 def mixture_table(config: MM1Config, data: TrainingData, *, num_sequences: int) -> list[str]:
     """Lines: the realised mixture of the first sequences of every phase, and the epochs of the whole run."""
     batch, steps = config.training.global_batch_size, config.training.train_iters
-    starts = [0, *(phase.step for phase in config.data.curriculum)]
+    starts = [0, *(phase.step for phase in config.data.curriculum if phase.step < steps)]
     lines = []
     for start, end in zip(starts, [*starts[1:], steps], strict=True):
-        indices = range(start * batch, min(start * batch + num_sequences, max(start + 1, end) * batch))
+        indices = range(start * batch, min(start * batch + num_sequences, end * batch))
         lines.append(f"from step {start:,}, over {len(indices):,} sequences:")
         lines += _phase_table(data, realised_mixture(config, data, indices))
-    epochs = data.plan.epochs(steps * batch)
     lines.append(f"over the whole run of {steps:,} steps:")
-    lines += [f"  {name:<16} {value:>9.3f} epochs" for name, value in epochs.items()]
+    lines += [f"  {name:<16} {value:>9.3f} epochs" for name, value in epochs(data, steps * batch).items()]
     return lines
+
+
+def epochs(data: TrainingData, consumed: int) -> dict[str, float]:
+    """How often each source has been seen when the run has used `consumed` sequences, by name."""
+    seen = dict.fromkeys(data.sources.names, 0.0)
+    for ingredient, count in zip(data.plan.ingredients, data.plan.used(consumed), strict=True):
+        assert isinstance(ingredient.stream, PackedStream)
+        for share in ingredient.stream.shares:
+            seen[share.name] += share.passes * count / len(ingredient.stream)
+    return seen
 
 
 def _phase_table(data: TrainingData, realised: Sequence[Realised]) -> list[str]:

@@ -15,7 +15,7 @@ from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.data.images import ImageProcessor, decode
 from megatron_mm1.data.images.preprocessing import EncodedImage
 from megatron_mm1.data.inspect.mixture import cost
-from megatron_mm1.data.order import hash_numbers
+from megatron_mm1.data.order import KeyedPermutation
 from megatron_mm1.data.plan import TrainingData, packing_limits
 from megatron_mm1.data.source import Piece
 from megatron_mm1.data.tokenizer import Tokenizer
@@ -61,9 +61,9 @@ def page(config: MM1Config, data: TrainingData, tokenizer: Tokenizer, indices: S
 
 
 def random_indices(config: MM1Config, *, count: int, seed: int) -> list[int]:
-    """Sequences of the whole run, in order; the same seed gives the same ones."""
+    """Sequences of the whole run, each once, in order; the same seed gives the same ones."""
     total = config.training.train_iters * config.training.global_batch_size
-    return sorted((hash_numbers(f"{seed}/page", count) % np.uint64(total)).tolist())
+    return sorted(KeyedPermutation(f"{seed}/page", total)(np.arange(min(count, total))).tolist())
 
 
 def _sequence(
@@ -71,7 +71,8 @@ def _sequence(
 ) -> str:
     limits = packing_limits(config)
     wanted = data.plan.sequence(index)
-    costs = [cost(data.sources, limits, piece) for piece in wanted]
+    text_only = config.data.text_only
+    costs = [cost(data.sources, limits, piece, text_only=text_only) for piece in wanted]
     positions, images = sum(length for length, _ in costs), sum(tiles for _, tiles in costs)
     step = index // config.training.global_batch_size + 1
     heading = f"Sequence {index:,}, step {step:,}"
@@ -81,7 +82,8 @@ def _sequence(
     for of, piece in zip(wanted, data.sources.read(wanted), strict=True):
         source = data.sources[of.source]
         count = int(source.num_images(np.array([of.document]))[0])
-        shown = "".join(_parts(piece, tokenizer, processor, images_in_document=count))
+        seen = _without_images(piece, tokenizer.image_id) if text_only else piece
+        shown = "".join(_parts(seen, tokenizer, processor, images_in_document=count, usable=None not in piece.images))
         note = f"{data.sources.names[of.source]} · {source.key(of.document)} · tokens {of.start:,} to {of.stop:,}"
         sections.append(
             f'<section><div class="note">{html.escape(note)}</div><div class="text">{shown}</div></section>'
@@ -90,12 +92,20 @@ def _sequence(
     return f'<article><h2>{heading}</h2>{bar}<p class="note">{fill}</p>{"".join(sections)}</article>'
 
 
-def _parts(piece: Piece, tokenizer: Tokenizer, processor: ImageProcessor, *, images_in_document: int) -> Iterator[str]:
-    """HTML of a piece, run by run of tokens of one kind."""
+def _without_images(piece: Piece, image_id: int) -> Piece:
+    is_text = piece.tokens != image_id
+    return Piece(tokens=piece.tokens[is_text], trained=piece.trained[is_text], images=(), sizes=())
+
+
+def _parts(
+    piece: Piece, tokenizer: Tokenizer, processor: ImageProcessor, *, images_in_document: int, usable: bool
+) -> Iterator[str]:
+    """HTML of a piece, run by run of tokens of one kind; where it is not usable, nothing of it is trained."""
     symbols = {token: symbol for symbol, token in tokenizer.controls.items()}
     grids = iter(processor.tiling.grids(np.array(piece.sizes).reshape(-1, 2), num_images=images_in_document).tolist())
     images = iter(piece.images)
-    is_target = np.concatenate([[False], piece.trained[1:]])  # nothing predicts the first token
+    is_target = piece.trained & usable
+    is_target[:1] = False  # nothing predicts the first token
     tokens = list(zip(piece.tokens.tolist(), is_target.tolist(), strict=True))
     for (is_control, trained), run in groupby(tokens, key=lambda token: (token[0] in symbols, token[1])):
         ids = [token for token, _ in run]

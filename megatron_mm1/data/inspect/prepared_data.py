@@ -1,6 +1,7 @@
 """What a prepared data set holds, in numbers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import xxhash
 
 from megatron_mm1.data.prepared import IMAGE_COLUMNS
 from megatron_mm1.data.source import IndexedSource
+from megatron_mm1.data.storage import Range, open_storage
 
 _HEIGHT, _WIDTH, _CHECKSUM = (IMAGE_COLUMNS.index(name) for name in ("height", "width", "checksum"))
 _BLOCK = 1 << 20
@@ -18,6 +20,7 @@ _LENGTHS = [2**power for power in range(4, 17)]
 _IMAGES = [1, 2, 3, 4, 8, 16, 30]
 _SIDES = [64, 128, 256, 512, 1024, 2048, 4096]
 _BAR = 40
+_INT32, _INT64 = 4, 8
 
 
 def describe(path: str | Path) -> list[str]:
@@ -58,15 +61,22 @@ def duplicate_documents(source: IndexedSource) -> int:
 
 
 def _document_hashes(source: IndexedSource) -> Iterator[np.ndarray]:
-    for documents in _blocks(len(source), size=4096):
-        pieces = zip(documents.tolist(), source.num_tokens(documents).tolist(), strict=True)
-        hashes = []
-        for piece in source.pieces([(document, 0, size) for document, size in pieces]):
-            state = xxhash.xxh3_64(piece.tokens.tobytes())
-            for image in piece.images:
-                state.update(b"damaged" if image is None else xxhash.xxh3_64_digest(image))
-            hashes.append(state.intdigest())
-        yield np.array(hashes, np.uint64).view(np.int64)
+    """Of tokens and the stored checksums of images, whose bytes are not read."""
+    storage = open_storage(source.path)
+    for number, part in enumerate(source.manifest.parts):
+        starts = storage.array(f"{part.name}/documents.npy", part.files["documents.npy"])[:, :2]
+        checksums = source.image_rows(number)[:, _CHECKSUM]
+        for documents in _blocks(part.documents, size=4096):
+            bounds = np.asarray(starts[documents[0] : documents[-1] + 2])
+            (first, image), (last, last_image) = bounds[0].tolist(), bounds[-1].tolist()
+            (tokens,) = storage.read([Range(f"{part.name}/tokens.bin", _INT32 * first, _INT32 * last)])
+            images = np.ascontiguousarray(checksums[image:last_image]).tobytes()
+            hashes = []
+            for (token, image), (stop, image_stop) in pairwise(((bounds - bounds[0]) * (_INT32, _INT64)).tolist()):
+                state = xxhash.xxh3_64(tokens[token:stop])
+                state.update(images[image:image_stop])
+                hashes.append(state.intdigest())
+            yield np.array(hashes, np.uint64).view(np.int64)
 
 
 def _repeats(hashes: Callable[[], Iterator[np.ndarray]], total: int) -> int:
