@@ -8,7 +8,7 @@ import open_clip
 import PIL.Image
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -16,7 +16,7 @@ from megatron_mm1.data.batch import ImageGroup
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.images.augmentation import RandomResizedCrop
 from megatron_mm1.data.images.device import DeviceProcessor, check_gpu_decoder
-from megatron_mm1.data.images.geometry import Resize
+from megatron_mm1.data.images.geometry import Resize, resize
 from megatron_mm1.data.images.preprocessing import EncodedImage
 from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.errors import UserError
@@ -59,6 +59,25 @@ def test_centre_is_that_of_transformers(size: tuple[int, int]) -> None:
     expected = theirs(opened(data), return_tensors="np")["pixel_values"][0]
     pixels, _ = ImageProcessor(48, MEAN, STD, mode="shorter_side_crop")([data])
     assert np.abs((pixels[0].numpy() - expected) * np.array(STD).reshape(3, 1, 1) * 255).max() <= 2.01
+
+
+LENGTHS = st.integers(1, 200)
+
+
+@given(LENGTHS, LENGTHS, LENGTHS, LENGTHS, st.booleans(), st.integers(0, 100))
+@example(129, 77, 70, 47, False, 0)  # 59 and 30 px shorter: Pillow takes the width first
+@example(138, 57, 33, 21, False, 0)  # 105 and 36: the height
+@example(129, 77, 70, 47, True, 0)
+@example(138, 57, 33, 21, True, 0)
+def test_resizes_the_sharpest_edges_as_pillow(
+    old_height: int, old_width: int, height: int, width: int, floats: bool, seed: int
+) -> None:
+    """Black and white noise: what overshoots on the way shows where it is clamped."""
+    noise = np.random.default_rng(seed).integers(0, 2, (old_height, old_width, 3), dtype=np.uint8) * 255
+    expected = PIL.Image.fromarray(noise).resize((width, height), PIL.Image.Resampling.BICUBIC)
+    image = torch.from_numpy(noise).permute(2, 0, 1)
+    resized = resize(image.float() if floats else image, height=height, width=width)
+    assert np.abs(resized.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).max() <= 2
 
 
 def test_very_long_image_is_not_enlarged_as_a_whole() -> None:

@@ -23,15 +23,38 @@ def resize(image: Tensor, *, height: int, width: int) -> Tensor:
 
     uint8 is resized in uint8 on the CPU; float32, on any device, is rounded and clamped to the same range.
     """
+    floats = image.is_floating_point()
     if image.shape[1:] == (height, width):
         return image
-    # torch's uint8 kernel gives Pillow's pixels for channels last only.
-    image = image[None].contiguous(memory_format=torch.channels_last)[0]
-    sizes = [(image.shape[1], width), (height, width)] if image.is_floating_point() else [(height, width)]
-    for size in sizes:  # rows first, then columns: what overshoots is clamped between the two, as uint8 does it
-        image = functional.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
-        image = image.round_().clamp_(0, 255) if image.is_floating_point() else image
-    return image
+    # torch's uint8 kernel gives Pillow's pixels for channels last only, and resizes the width before the height.
+    batch = image[None].contiguous(memory_format=torch.contiguous_format if floats else torch.channels_last)
+    sizes = [(height, width)]
+    if _height_first(*image.shape[1:], height=height, width=width):
+        sizes.insert(0, (height, image.shape[2]))
+    elif floats:
+        sizes.insert(0, (image.shape[1], width))
+    for size in sizes:
+        batch = _float_pass(batch, size) if floats else _bicubic(batch, size)
+    return batch[0]
+
+
+def _bicubic(batch: Tensor, size: tuple[int, int]) -> Tensor:
+    return functional.interpolate(batch, size=size, mode="bicubic", antialias=True)
+
+
+def _float_pass(batch: Tensor, size: tuple[int, int]) -> Tensor:
+    """One of the two passes, with its result as uint8 would have it."""
+    if batch.shape[3] == size[1] == 1:  # torch gets the height of a single column wrong, of two equal ones right
+        return _float_pass(batch.expand(-1, -1, -1, 2), (size[0], 2))[..., :1]
+    return _bicubic(batch, size).round_().clamp_(0, 255)
+
+
+def _height_first(old_height: int, old_width: int, *, height: int, width: int) -> bool:
+    """Whether Pillow 13 resizes the height before the width.
+
+    Between the two what overshoots is clamped to 0..255, so the order shows at sharp edges, by 20 of 255 and more.
+    """
+    return height < old_height and old_height - height > 2 * (old_width - width)
 
 
 def square(image: Tensor, *, side: int, mode: Resize) -> Tensor:

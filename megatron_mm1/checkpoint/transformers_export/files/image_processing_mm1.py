@@ -59,9 +59,12 @@ class MM1ImageProcessor(ImageProcessingMixin):
         if not isinstance(image, PIL.Image.Image):
             image = PIL.Image.fromarray(np.asarray(image))
         pixels = torch.from_numpy(np.array(PIL.ImageOps.exif_transpose(image).convert("RGB")))
-        size = (self.image_size, self.image_size)
+        side = self.image_size
         batch = pixels.permute(2, 0, 1).unsqueeze(0)  # [1, 3, H, W]
-        return torch.nn.functional.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]
+        height, width = batch.shape[2:]
+        if height > side and height - side > 2 * (width - side):  # then Pillow resizes the height before the width
+            batch = torch.nn.functional.interpolate(batch, size=(side, width), mode="bicubic", antialias=True)
+        return torch.nn.functional.interpolate(batch, size=(side, side), mode="bicubic", antialias=True)[0]
 
 
 __all__ = ["MM1ImageProcessor"]
