@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import sys
 import time
@@ -427,6 +428,16 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     verify.set_defaults(takes_config=False, takes_output=False)
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: use 0 to 1")
+    return value
+
+
 def _add_data_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     prepare = _add(commands, "prepare", data_prepare, "tokenize and index a data set for training")
     prepare.add_argument(
@@ -455,7 +466,7 @@ def _add_data_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     )
     prepare.add_argument(
         "--max-bad-fraction",
-        type=float,
+        type=_share,
         default=0.1,
         metavar="F",
         help="share of unusable records above which it fails; those the filters leave out do not count (%(default)s)",

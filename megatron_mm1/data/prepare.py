@@ -5,6 +5,7 @@ not depend on the number of processes, and a preparation that was killed goes on
 this happens in the folder `.NAME.preparing` beside the output, which takes the output's name at the end.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -46,6 +47,7 @@ FILTERED = frozenset(
     }
 )
 """Reasons for which sound records are left out; those with any other are bad."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ORIGIN = "origin.json"
 
 
@@ -152,6 +154,11 @@ def _prepare(
             replace_file(work / MANIFEST, manifest.to_json().encode())
             os.rename(work, output)
     except OSError as error:
+        if error.errno not in _FULL:
+            raise UserError(
+                f"preparing {output} stopped: {error}; run the same command again when that is mended: it goes on with "
+                f"what is in {work}"
+            ) from None
         raise UserError(
             f"cannot write {output}: {error.strerror or error}: nothing but {work} was written; free some space and "
             "run the same command again, which goes on with what is there"

@@ -66,7 +66,10 @@ class LocalFolder(Storage):
         return None if found == size else f"has {found} bytes instead of {size}"
 
     def array(self, name: str, entry: Mapping[str, Any]) -> np.ndarray:
-        return np.load(self._path / name, mmap_mode="r")
+        try:
+            return np.load(self._path / name, mmap_mode="r")
+        except ValueError:
+            raise UserError(f"{self._path / name} is damaged: prepare the data again") from None
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         return [self._map(name)[start:stop].tobytes() if stop > start else b"" for name, start, stop in ranges]

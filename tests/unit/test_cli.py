@@ -103,6 +103,14 @@ def test_data_prepare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     ]
 
 
+@pytest.mark.parametrize("value", ["nan", "-0.1", "1.5", "many"])
+def test_data_prepare_takes_a_share_of_bad_records(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    options = ["--reader", "text", "--input", "in", "--tokenizer", "t.model", "--output", "out"]
+    with pytest.raises(SystemExit):
+        main(["data", "prepare", *options, f"--max-bad-fraction={value}"])
+    assert f"{value!r} is no share: use 0 to 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--workers", "--part-size"])
 def test_data_prepare_takes_counts(capsys: pytest.CaptureFixture[str], option: str) -> None:
     options = ["--reader", "text", "--input", "in", "--tokenizer", "t.model", "--output", "out"]

@@ -296,3 +296,21 @@ def test_damaged_manifest(tmp_path: Path, tokenizer: Tokenizer, content: str, me
     (tmp_path / "data" / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=message):
         IndexedSource(tmp_path / "data", tokenizer_fingerprint=tokenizer.fingerprint)
+
+
+@pytest.mark.parametrize("name", ["documents.npy", "images.npy"])
+def test_an_index_with_a_damaged_header_is_named(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+    stored(caption_documents(2), tokenizer, tmp_path / "data")
+    file = tmp_path / "data" / "part-00000" / name
+    file.write_bytes(b"?" * 20 + file.read_bytes()[20:])
+    with pytest.raises(UserError, match=rf"{name} is damaged: prepare the data again"):
+        IndexedSource(tmp_path / "data", tokenizer_fingerprint=tokenizer.fingerprint)
+
+
+def test_an_input_that_cannot_be_read_is_not_called_a_full_disk(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def failing() -> Iterator[Document]:
+        yield from caption_documents(2)
+        raise OSError(5, "Input/output error", "shard-7.tar")
+
+    with pytest.raises(UserError, match=r"stopped: .*Input/output error: 'shard-7.tar'"):
+        prepare(failing(), tokenizer=tokenizer, output=tmp_path / "data")

@@ -136,6 +136,24 @@ def test_a_worker_that_is_killed_is_told(data: Path, tmp_path: Path) -> None:
     assert run(data, tmp_path / "out").returncode == 0
 
 
+def test_workers_end_with_the_run_that_started_them(data: Path, tmp_path: Path) -> None:
+    import psutil
+
+    running = subprocess.Popen(
+        command(data, tmp_path / "out", "--workers", "2"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list(tmp_path.glob(".out.preparing/part-*")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    children = psutil.Process(running.pid).children(recursive=True)
+    running.kill()
+    running.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    for child in alive:
+        child.kill()
+    assert not alive
+
+
 def test_two_at_once_are_refused(data: Path, tmp_path: Path) -> None:
     import fcntl
 
