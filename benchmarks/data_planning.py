@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from goals import Goal
 
+from megatron_mm1.data.arrays import ranges
 from megatron_mm1.data.order import KeyedPermutation
-from megatron_mm1.data.packing import ranges
 from megatron_mm1.data.pools import PackedStream, PackingLimits, Share
 
 LIMITS = PackingLimits(seq_length=4096, max_images=16, tokens_per_image=144, lookahead=64)

@@ -108,6 +108,8 @@ def _unsupported(values: Config) -> Iterator[str]:
         yield f"activation {values['hidden_act']}: supported are {', '.join(ACTIVATIONS)}"
     if values.get("resize_mode") not in (None, *_RESIZES):
         yield f"resize_mode {values['resize_mode']}: supported are {', '.join(_RESIZES)}"
+    if values.get("interpolation") not in (None, "bicubic"):
+        yield f"interpolation {values['interpolation']}: images are resized bicubically here"
     if values["num_channels"] != 3:
         yield f"num_channels {values['num_channels']}: images here have 3"
     for key in ("image_size", "patch_size"):
@@ -140,6 +142,7 @@ def _open_clip_values(theirs: Config) -> tuple[dict[str, Any], tuple[Any, Any]]:
         "num_attention_heads": width // head_width,
         "num_channels": 3,
         "resize_mode": pixels.get("resize_mode"),
+        "interpolation": pixels.get("interpolation"),
         "hidden_act": activation,
         "layer_norm_eps": norm.get("eps", 1e-5),
     }

@@ -8,11 +8,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.data.images.augmentation import RandomResizedCrop
 from megatron_mm1.data.images.preprocessing import EncodedImage
 from megatron_mm1.data.source import Piece
 from megatron_mm1.data.tiling import Tiling
+from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
 
 
@@ -66,6 +68,20 @@ class Assembler:
     processor: FillsImages | None = None
     tiling: Tiling = field(default_factory=Tiling)
     crop: RandomResizedCrop | None = None
+
+    @staticmethod
+    def of(config: MM1Config, tokenizer: Tokenizer, *, processor: FillsImages | None = None) -> "Assembler":
+        """That of a run; it crops no image."""
+        return Assembler(
+            seq_length=config.data.seq_length,
+            tokens_per_image=config.model.connector.tokens_per_image,
+            image_id=tokenizer.image_id,
+            pad_id=tokenizer.pad_id,
+            image_size=config.model.vision.image_size,
+            text_only=config.data.text_only,
+            processor=processor,
+            tiling=Tiling.of(config),
+        )
 
     def __call__(self, rows: Sequence[Row]) -> PackedBatch:
         """The batch of `rows`.

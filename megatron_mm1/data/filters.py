@@ -1,17 +1,13 @@
 """MM1's filters of interleaved documents [M]: which images and which documents are worth training on."""
 
-import io
-import warnings
 from dataclasses import dataclass, replace
 
-import PIL.Image
 import xxhash
 
+from megatron_mm1.data.image_headers import UnusableImage, image_size
 from megatron_mm1.data.records import Control, Document, Image, Reason, Rejected, Text
 from megatron_mm1.errors import UserError
 
-_HUGE = 1 << 31
-"""px; the side of what Pillow will not open for its size, which it does not tell."""
 DECORATIONS = ("logo", "button", "icon", "plugin", "widget")
 
 
@@ -71,9 +67,10 @@ def _image_fault(image: Image, filters: InterleavedFilters, seen: set[int]) -> R
     url = image.url.lower()
     if any(word in url for word in filters.decorations):
         return Reason.DECORATION
-    size = image_size(image.data)
-    if size is None:
-        return Reason.NOT_AN_IMAGE
+    try:
+        size = image_size(image.data)
+    except UnusableImage as unusable:
+        return Reason(unusable.kind)
     shorter, longer = sorted(size)
     if longer > filters.max_side:
         return Reason.IMAGE_TOO_LARGE
@@ -87,16 +84,3 @@ def _image_fault(image: Image, filters: InterleavedFilters, seen: set[int]) -> R
             return Reason.REPEATED_IN_DOCUMENT
         seen.add(digest)
     return None
-
-
-def image_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) in px from an image's header; None where it has none that can be read. Nothing is decoded."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes that a caller refuses anyway
-            with PIL.Image.open(io.BytesIO(data)) as image:
-                return image.height, image.width
-    except PIL.Image.DecompressionBombError:
-        return _HUGE, _HUGE
-    except Exception:  # Pillow's plugins raise anything from OSError to struct.error on bad bytes
-        return None

@@ -6,14 +6,14 @@ run resumes from the number of sequences it has consumed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, count
+from itertools import chain, count, islice
 
 import numpy as np
 
 from megatron_mm1.config.schema import MM1Config
-from megatron_mm1.data.assemble import Assembler, FillsImages, Row
+from megatron_mm1.data.assemble import Assembler, Row
 from megatron_mm1.data.balance import Dealer
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.images import ImageProcessor
@@ -23,7 +23,6 @@ from megatron_mm1.data.mixture import Plan
 from megatron_mm1.data.plan import Sources, TrainingData, packed_alone, training_data
 from megatron_mm1.data.pools import PackedStream, PieceOf
 from megatron_mm1.data.source import Piece
-from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.data.workers import WorkerPool, from_thread, from_workers
 from megatron_mm1.errors import UserError
@@ -76,12 +75,11 @@ def train_batches(
         check_gpu_decoder()
     data = data or training_data(config, tokenizer=tokenizer)
     processor = ImageProcessor.of(config) if with_pixels else None
-    read = _Batches(
-        data.sources,
-        _assembler(
-            config, tokenizer=tokenizer, processor=DeviceProcessor(processor) if processor and on_gpu else processor
-        ),
-    )
+    fills = DeviceProcessor(processor) if processor and on_gpu else processor
+    assembler = Assembler.of(config, tokenizer, processor=fills)
+    if shares := config.data.random_resized_crop:
+        assembler = replace(assembler, crop=RandomResizedCrop(*shares, seed=config.data.seed))
+    read = _Batches(data.sources, assembler)
     dealer = Dealer.of(config, data.plan, dp_size=dp_size)
     microbatches = chain.from_iterable(map(partial(dealer.microbatches, dp_rank=dp_rank), count(done)))
     planned = map(partial(_planned, data.plan, config.training.micro_batch_size), microbatches)
@@ -107,7 +105,7 @@ def validation_batches(
     sources = Sources(config, config.data.validation, tokenizer=tokenizer)
     streams = [packed_alone(config, sources, number) for number in range(len(sources))]
     processor = ImageProcessor.of(config) if with_pixels else None
-    read = _Batches(sources, _assembler(config, tokenizer=tokenizer, processor=processor))
+    read = _Batches(sources, Assembler.of(config, tokenizer, processor=processor))
     micro_batch_size, eval_iters = config.training.micro_batch_size, config.training.eval_iters
     pool = _pool(config, read, num_workers=1) if config.data.num_workers and with_pixels else None
 
@@ -125,21 +123,6 @@ def validation_batches(
     return {name: partial(start, stream) for name, stream in zip(sources.names, streams, strict=True)}
 
 
-def _assembler(config: MM1Config, *, tokenizer: Tokenizer, processor: FillsImages | None) -> Assembler:
-    shares = config.data.random_resized_crop
-    return Assembler(
-        seq_length=config.data.seq_length,
-        tokens_per_image=config.model.connector.tokens_per_image,
-        image_id=tokenizer.image_id,
-        pad_id=tokenizer.pad_id,
-        image_size=config.model.vision.image_size,
-        text_only=config.data.text_only,
-        processor=processor,
-        tiling=Tiling.of(config),
-        crop=None if shares is None else RandomResizedCrop(*shares, seed=config.data.seed),
-    )
-
-
 def _pool(config: MM1Config, read: "_Batches", *, num_workers: int) -> WorkerPool:
     data = config.data
     return WorkerPool(
@@ -155,10 +138,10 @@ class _Batches:
     assembler: Assembler
 
     def __call__(self, rows: Sequence[PlannedRow]) -> PackedBatch:
-        return self.assembler([self._row(row) for row in rows])
+        pieces = iter(self.sources.read([piece for row in rows for piece in row.pieces]))
+        return self.assembler([self._row(row, list(islice(pieces, len(row.pieces)))) for row in rows])
 
-    def _row(self, row: PlannedRow) -> Row:
-        pieces = self.sources.read(row.pieces)
+    def _row(self, row: PlannedRow, pieces: Sequence[Piece]) -> Row:
         grids = None
         if self.assembler.tiling.kind != "none":
             grids = [self._grids(of, piece) for of, piece in zip(row.pieces, pieces, strict=True)]

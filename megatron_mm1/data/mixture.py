@@ -6,6 +6,7 @@ models of an ablation see the same examples in the same order [M].
 
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,19 +39,19 @@ class Ingredient:
     """A stream in the mixture.
 
     Attributes:
-        name: for messages and figures.
-        identity: tells its sequences from any other's; part of the plan's fingerprint.
+        passes: how often an epoch of it visits each of its sources, by name.
+        identity: with `passes`, tells its sequences from any other's; part of the plan's fingerprint.
         max_epochs: it gives no more than so many epochs in all; None: as many as it is asked for.
     """
 
-    name: str
+    passes: Mapping[str, float]
     stream: Stream
     identity: Any
     max_epochs: float | None = None
 
     @property
-    def most_sequences(self) -> int | None:
-        return None if self.max_epochs is None else int(self.max_epochs * len(self.stream))
+    def most_sequences(self) -> float:
+        return math.inf if self.max_epochs is None else int(self.max_epochs * len(self.stream))
 
 
 @dataclass(frozen=True)
@@ -142,17 +143,15 @@ class Plan:
                 weights = {
                     number: weight
                     for number, weight in phase.weights.items()
-                    if weight > 0
-                    and used.get(number, 0) < (self.ingredients[number].most_sequences or float("inf"))
-                    and self.ingredients[number].most_sequences != 0
+                    if weight > 0 and used.get(number, 0) < self.ingredients[number].most_sequences
                 }
                 if not weights:
                     self.end = first
                     return
                 segment = _Segment(first, weights, used, key=f"{seed}/mixture")
                 self._segments.append(segment)
-                caps = {number: self.ingredients[number].most_sequences for number in weights}
-                out = [segment.exhausts(number, most) for number, most in caps.items() if most is not None]
+                most = {number: self.ingredients[number].most_sequences for number in weights}
+                out = [segment.exhausts(number, int(cap)) for number, cap in most.items() if cap < math.inf]
                 if not out or (following is not None and min(out) >= following.first):
                     break
                 first = min(out)
@@ -182,20 +181,14 @@ class Plan:
         used = self._segment(max(consumed - 1, 0)).used_at(consumed)
         return [used.get(number, 0) for number in range(len(self.ingredients))]
 
-    def epochs(self, consumed: int) -> dict[str, float]:
-        """How often each ingredient has been seen when the run has used `consumed` sequences, by name."""
-        return {
-            ingredient.name: count / len(ingredient.stream)
-            for ingredient, count in zip(self.ingredients, self.used(consumed), strict=True)
-        }
-
     def fingerprint(self, consumed: int = 0) -> str:
         """Equal where the first `consumed` sequences are equal, and what comes next up to a later phase."""
         begun = [segment for segment in self._segments if segment.first < max(consumed, 1)]
         concerned = sorted({number for segment in begun for number in segment.ingredients.tolist()})
+        ingredients = [self.ingredients[number] for number in concerned]
         identity = {
             "run": self._identity,
-            "ingredients": [[self.ingredients[number].name, self.ingredients[number].identity] for number in concerned],
+            "ingredients": [[list(ingredient.passes.items()), ingredient.identity] for ingredient in ingredients],
             "segments": [
                 [segment.first, [concerned.index(number) for number in segment.ingredients], segment.quotas.tolist()]
                 for segment in begun

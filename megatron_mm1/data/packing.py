@@ -183,10 +183,3 @@ def _best_fit(
     for item in range(len(lengths)):
         sequence[item] = number[sequence[item]]
     return sequence, closed, opened
-
-
-def ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """[sum(stops - starts)] int64: the numbers of each range, one range after another."""
-    sizes = stops - starts
-    before = np.cumsum(sizes) - sizes
-    return np.arange(int(sizes.sum())) + np.repeat(starts - before, sizes)

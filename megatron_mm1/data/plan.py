@@ -76,6 +76,14 @@ class TrainingData:
     sources: Sources
     plan: Plan
 
+    def epochs(self, consumed: int) -> dict[str, float]:
+        """How often each source has been seen when the run has used `consumed` sequences, by name."""
+        seen = dict.fromkeys(self.sources.names, 0.0)
+        for ingredient, count in zip(self.plan.ingredients, self.plan.used(consumed), strict=True):
+            for name, passes in ingredient.passes.items():
+                seen[name] += passes * count / len(ingredient.stream)
+        return seen
+
 
 def training_data(config: MM1Config, *, tokenizer: Tokenizer) -> TrainingData:
     """Open data.sources and lay out the order of training.
@@ -132,7 +140,7 @@ def _by_source(
     streams = [packed_alone(config, sources, number) for number in range(len(sources))]
     per_sequence = [_units_per_sequence(stream, config.data) for stream in streams]
     ingredients = [
-        Ingredient(source.name, stream, sources[number].fingerprint, max_epochs=source.max_epochs)
+        Ingredient({source.name: 1.0}, stream, sources[number].fingerprint, max_epochs=source.max_epochs)
         for number, (source, stream) in enumerate(zip(config.data.sources, streams, strict=True))
     ]
     numbers = {name: number for number, name in enumerate(sources.names)}
@@ -167,14 +175,11 @@ def _mixed(
                 documents[name] = weight / (_mean_length(source, limits) if config.data.mixture_unit == "tokens" else 1)
         if not documents or min(phase.values()) < 0:
             raise UserError(f"a mixture needs sources with weights that are not negative, not all 0; got {dict(phase)}")
-        passes = {name: share / len(sources[numbers[name]]) for name, share in documents.items()}
-        fewest = min(passes.values())
-        shares = [
-            Share(numbers[name], name, sources[numbers[name]], passes=count / fewest) for name, count in passes.items()
-        ]
+        rates = {name: share / len(sources[numbers[name]]) for name, share in documents.items()}
+        passes = {name: rate / min(rates.values()) for name, rate in rates.items()}
+        shares = [Share(numbers[name], name, sources[numbers[name]], passes=times) for name, times in passes.items()]
         stream = PackedStream(shares, limits=limits, key=f"{config.data.seed}/phase {turn}")
-        identity = [[share.name, share.documents.fingerprint, share.passes] for share in shares]
-        ingredients.append(Ingredient(f"mixed {turn}" if turn else "mixed", stream, identity))
+        ingredients.append(Ingredient(passes, stream, [share.documents.fingerprint for share in shares]))
     return ingredients, [{turn: 1.0} for turn in range(len(weights))]
 
 

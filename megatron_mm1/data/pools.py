@@ -63,6 +63,10 @@ class PackingLimits:
     lookahead: int
     tiles: TileCount | None = None
 
+    def tiles_of_images(self, sizes: np.ndarray, num_images: np.ndarray) -> np.ndarray:
+        """`TileCount`, 1 for each image where there are no tiles."""
+        return np.ones(len(sizes), np.int64) if self.tiles is None else self.tiles(sizes, num_images)
+
     def tiles_of_documents(self, source: Documents, documents: np.ndarray, num_images: np.ndarray) -> np.ndarray:
         """[n] tiles of all images of each document, where those have `num_images` [n]."""
         if self.tiles is None:
@@ -266,13 +270,11 @@ class PackedStream:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         limits, num_images = self._limits, source.num_images(documents)
         positions, sizes = source.images_of(documents)
-        of_document = np.repeat(num_images, num_images)
-        tiles = np.ones(len(positions), np.int64) if limits.tiles is None else limits.tiles(sizes, of_document)
         return split_documents(
             num_tokens,
             np.concatenate([[0], np.cumsum(num_images)]),
             positions,
-            tiles,
+            limits.tiles_of_images(sizes, np.repeat(num_images, num_images)),
             tokens_per_image=limits.tokens_per_image,
             seq_length=limits.seq_length,
             max_images=limits.max_images,

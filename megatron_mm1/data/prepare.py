@@ -35,18 +35,8 @@ from megatron_mm1.errors import UserError
 PART_SIZE = 256 << 20
 MOST_PARTS = 2048
 MAX_BAD_FRACTION = 0.1
-FILTERED = frozenset(
-    {
-        Reason.NO_IMAGES,
-        Reason.TOO_MANY_IMAGES,
-        Reason.ASPECT_RATIO,
-        Reason.IMAGE_TOO_SMALL,
-        Reason.DECORATION,
-        Reason.REPEATED_IN_DOCUMENT,
-        Reason.REPEATED_IN_CORPUS,
-    }
-)
-"""Reasons for which sound records are left out; those with any other are bad."""
+FILTERED = frozenset((Reason.NO_IMAGES, Reason.TOO_MANY_IMAGES, Reason.REPEATED_IN_CORPUS))
+"""Reasons for which the filters reject sound records; those with any other are bad."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ORIGIN = "origin.json"
 
@@ -86,13 +76,22 @@ def prepare(
         UserError: `output` was made from something else, too many records are bad, none is left, or the disk is full.
     """
     reader = documents if isinstance(documents, Reader) else _Documents(documents)
-    checks = checks or Checks(filters=getattr(reader, "filters", None))
+    checks = checks or Checks(filters=reader.filters)
 
     def write(work: Path, parts: Mapping[int, Sequence[Shard]], done: Callable[[int], None]) -> None:
         for number, shards in parts.items():
             write_part(work / part_name(number), reader, shards, tokenizer=tokenizer, checks=checks, done=done)
 
-    return _prepare(reader, write, tokenizer, output, checks, dict(origin or {}), part_size, max_bad_fraction)
+    return _prepare(
+        reader.shards,
+        write,
+        tokenizer=tokenizer,
+        output=output,
+        checks=checks,
+        origin=dict(origin or {}),
+        part_size=part_size,
+        max_bad_fraction=max_bad_fraction,
+    )
 
 
 def prepare_in_parallel(
@@ -113,20 +112,33 @@ def prepare_in_parallel(
     def write(work: Path, parts: Mapping[int, Sequence[Shard]], done: Callable[[int], None]) -> None:
         write_in_processes(recipe, checks, work, parts, workers=workers, done=done)
 
-    arguments = (tokenizer, output, checks, origin, part_size, max_bad_fraction)
-    return _prepare(reader, write, *arguments, progress=progress)
+    return _prepare(
+        reader.shards,
+        write,
+        tokenizer=tokenizer,
+        output=output,
+        checks=checks,
+        origin=origin,
+        part_size=part_size,
+        max_bad_fraction=max_bad_fraction,
+        progress=progress,
+    )
+
+
+_WriteParts = Callable[[Path, Mapping[int, Sequence[Shard]], Callable[[int], None]], None]
+"""Write parts, by number the shards of each, into a folder, and tell how many bytes have been read."""
 
 
 def _prepare(
-    reader: Reader,
-    write: Callable[[Path, Mapping[int, Sequence[Shard]], Callable[[int], None]], None],
+    shards: Callable[[], Sequence[Shard]],
+    write: _WriteParts,
+    *,
     tokenizer: Tokenizer,
     output: Path,
     checks: Checks,
     origin: dict[str, Any],
     part_size: int | None,
     max_bad_fraction: float,
-    *,
     progress: bool = False,
 ) -> Manifest:
     output = output.absolute()
@@ -135,7 +147,7 @@ def _prepare(
     if output.exists():
         return _existing(output, tokenizer=tokenizer, origin=origin)
     work = output.with_name(f".{output.name}.preparing")
-    groups = _groups(reader.shards(), part_size)
+    groups = _groups(shards(), part_size)
     try:
         with _claimed(work, {"origin": origin, "tokenizer": tokenizer.fingerprint}):
             missing = {number: group for number, group in enumerate(groups) if not (work / part_name(number)).is_dir()}
@@ -163,9 +175,14 @@ def _prepare(
             f"cannot write {output}: {error.strerror or error}: nothing but {work} was written; free some space and "
             "run the same command again, which goes on with what is there"
         ) from None
-    (output / _ORIGIN).unlink()
-    (output / FREQUENT).unlink(missing_ok=True)
+    _tidy(output)
     return manifest
+
+
+def _tidy(output: Path) -> None:
+    """Remove what only the work folder needs; after the renaming, so that the folder is claimed until then."""
+    for name in (_ORIGIN, FREQUENT):
+        (output / name).unlink(missing_ok=True)
 
 
 def _groups(shards: Sequence[Shard], part_size: int | None) -> list[list[Shard]]:
@@ -257,6 +274,7 @@ def _existing(output: Path, *, tokenizer: Tokenizer, origin: Mapping[str, Any]) 
             f"{output} holds data prepared from another input, reader, options or tokenizer: remove it or choose "
             "another output"
         )
+    _tidy(output)
     return manifest
 
 

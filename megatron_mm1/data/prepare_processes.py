@@ -1,9 +1,6 @@
 """The processes that prepare parts of a data set side by side."""
 
 import multiprocessing
-import multiprocessing.connection
-import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +11,7 @@ from typing import Any
 
 from megatron_mm1.data.prepared import part_name
 from megatron_mm1.data.preparing import Checks, write_part
+from megatron_mm1.data.processes import end_with_parent, use_one_core
 from megatron_mm1.data.readers import Reader, Shard, open_reader
 from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm1.errors import UserError
@@ -78,20 +76,9 @@ _READ: list[Any] = []
 
 
 def _start_worker(read: Any) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("DALI_NUM_THREADS", "1")
+    end_with_parent()  # or it would write parts beside a second run
+    use_one_core()
     _READ[:] = [read]
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it is gone: left behind, it would wait for work for ever, and write
-    parts beside a second run.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 @cache

@@ -3,14 +3,15 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_mm1.data.files import new_folder
-from megatron_mm1.data.filters import InterleavedFilters, filter_document, image_size
-from megatron_mm1.data.images import UnusableImage, check_image
+from megatron_mm1.data.filters import InterleavedFilters, filter_document
+from megatron_mm1.data.image_headers import UnusableImage, image_size
+from megatron_mm1.data.images import check_image
 from megatron_mm1.data.prepared import QUARANTINE
 from megatron_mm1.data.readers import Reader, Shard
 from megatron_mm1.data.records import Document, Image, Reason, Rejected, Text
@@ -45,9 +46,10 @@ class Checks:
             if isinstance(filtered, Rejected):
                 return filtered
             document = filtered
-        if not any(isinstance(part, Image) for part in document.parts):
+        num_images = sum(isinstance(part, Image) for part in document.parts)
+        if not num_images:
             return document, []
-        interleaved = self.filters is not None or sum(isinstance(part, Image) for part in document.parts) > 1
+        interleaved = self.filters is not None or num_images > 1
         parts, sizes, dropped = [], [], []
         for part in document.parts:
             if isinstance(part, Image):
@@ -60,14 +62,12 @@ class Checks:
                 sizes.append(size)
             parts.append(part)
         if dropped and len(sizes) < (1 if self.filters is None else self.filters.min_images):
-            return Rejected(document.key, Reason.NO_IMAGES, f"left out: {', '.join(dropped)}")
+            return Rejected(document.key, dropped[0], f"{len(dropped)} of {num_images} images: {', '.join(dropped)}")
         return replace(document, parts=tuple(parts), dropped_images=(*document.dropped_images, *dropped)), sizes
 
     def _size(self, image: Image) -> tuple[int, int] | Reason:
-        if self.image_check == "header":
-            return image_size(image.data) or Reason.NOT_AN_IMAGE
         try:
-            return check_image(image.data)
+            return image_size(image.data) if self.image_check == "header" else check_image(image.data)
         except UnusableImage as unusable:
             return Reason(unusable.kind)
 
@@ -130,7 +130,7 @@ def write_part(
                 checked = record if isinstance(record, Rejected) else checks(record)
                 if isinstance(checked, Rejected):
                     summary.rejected[checked.reason] += 1
-                    quarantine.write(json.dumps(_quarantined(checked, shard)) + "\n")
+                    quarantine.write(quarantine_line(checked, shard=shard.name))
                     continue
                 document, sizes = checked
                 summary.images_seen += len(sizes) + len(document.dropped_images)
@@ -157,8 +157,9 @@ def _records(
         done(shard.size)
 
 
-def _quarantined(rejected: Rejected, shard: Shard) -> Mapping[str, str]:
-    return {"key": rejected.key, "reason": rejected.reason, "detail": rejected.detail, "shard": shard.name}
+def quarantine_line(rejected: Rejected, *, shard: str) -> str:
+    """A line of quarantine.jsonl."""
+    return json.dumps(vars(rejected) | {"shard": shard}) + "\n"
 
 
 def _weight(document: Document) -> int:

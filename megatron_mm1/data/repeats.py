@@ -1,6 +1,5 @@
 """Images that occur over and over in a corpus: found and taken out when all of it has been prepared."""
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -11,19 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mm1.data.arrays import count_values, ranges
 from megatron_mm1.data.files import new_folder
 from megatron_mm1.data.filters import InterleavedFilters
-from megatron_mm1.data.packing import ranges
 from megatron_mm1.data.prepared import DOCUMENT_COLUMNS, IMAGE_COLUMNS, QUARANTINE
-from megatron_mm1.data.preparing import Summary
-from megatron_mm1.data.records import Reason
+from megatron_mm1.data.preparing import Summary, quarantine_line
+from megatron_mm1.data.records import Reason, Rejected
 from megatron_mm1.data.writer import write_hashed, write_index
 
 _POSITION, _CHECKSUM = IMAGE_COLUMNS.index("position"), IMAGE_COLUMNS.index("checksum")
 FREQUENT = "frequent.npy"
 """In the work folder: which images go."""
-_AT_ONCE = 1 << 25
-"""Checksums in memory, 256 MB."""
 
 
 def drop_repeats(work: Path, parts: Sequence[Path], filters: InterleavedFilters) -> None:
@@ -64,13 +61,13 @@ def _rewrite(part: Path, unwanted: np.ndarray, *, min_images: int) -> None:
 
 def _rewrite_summary(part: Path, output: Path, change: Mapping[str, Any]) -> None:
     before = Summary.load(part)
-    rejected = change["rejected"]
+    emptied = change["rejected"]
     images = np.load(part / "documents.npy")[:, 1]
-    gone = int((images[rejected + 1] - images[rejected]).sum())
+    gone = int((images[emptied + 1] - images[emptied]).sum())
     summary = replace(
         before,
         counts=Counter(change["counts"]),
-        rejected=before.rejected + Counter({str(Reason.REPEATED_IN_CORPUS): len(rejected)}),
+        rejected=before.rejected + Counter({str(Reason.REPEATED_IN_CORPUS): len(emptied)}),
         dropped=before.dropped + Counter({str(Reason.REPEATED_IN_CORPUS): change["dropped"]}),
         images_seen=before.images_seen - gone,
         files=before.files | change["files"],
@@ -80,10 +77,10 @@ def _rewrite_summary(part: Path, output: Path, change: Mapping[str, Any]) -> Non
     keys, bounds = (part / "keys.bin").read_bytes(), np.load(part / "documents.npy")[:, 2]
     shutil.copyfile(part / QUARANTINE, output / QUARANTINE)
     with (output / QUARANTINE).open("a", encoding="utf-8") as quarantine:
-        for document in rejected.tolist():
+        for document in emptied.tolist():
             key = keys[bounds[document] : bounds[document + 1]].decode(errors="replace")
-            entry = {"key": key, "reason": Reason.REPEATED_IN_CORPUS, "detail": "no other images", "shard": ""}
-            quarantine.write(json.dumps(entry) + "\n")
+            rejected = Rejected(key, Reason.REPEATED_IN_CORPUS, "no other images")
+            quarantine.write(quarantine_line(rejected, shard=""))
 
 
 def frequent_images(parts: Callable[[], Iterator[np.ndarray]], *, max_repeats: int) -> np.ndarray:
@@ -93,13 +90,8 @@ def frequent_images(parts: Callable[[], Iterator[np.ndarray]], *, max_repeats: i
         parts: starts a pass over the [I, 6] image rows of each part; the corpus is read once for every 32 M images.
     """
     total = sum(len(rows) for rows in parts())
-    passes = max(1, -(-total // _AT_ONCE))
-    found = []
-    for turn in range(passes):
-        taken = [values[values % passes == turn] for values in (rows[:, _CHECKSUM] for rows in parts())]
-        values, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *taken]), return_counts=True)
-        found.append(values[counts > max_repeats])
-    return np.sort(np.concatenate(found))
+    counted = count_values(lambda: (rows[:, _CHECKSUM] for rows in parts()), total)
+    return np.sort(np.concatenate([values[counts > max_repeats] for values, counts in counted]))
 
 
 def without_images(part: Path, output: Path, unwanted: np.ndarray, *, min_images: int) -> dict[str, Any] | None:

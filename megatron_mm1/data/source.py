@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mm1.data.packing import ranges
+from megatron_mm1.data.arrays import ranges
 from megatron_mm1.data.prepared import IMAGE_COLUMNS, MANIFEST, Manifest
 from megatron_mm1.data.storage import Range, Storage, open_storage
 from megatron_mm1.data.writer import checksum

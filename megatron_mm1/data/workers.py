@@ -5,7 +5,6 @@ not delivered: items are functions of their index alone, so the stream does not 
 """
 
 import logging
-import os
 import queue
 import signal
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch.multiprocessing  # shares tensors with the receiver instead of copying them through the pipe
 
+from megatron_mm1.data.processes import use_one_core
 from megatron_mm1.errors import UserError
 
 Make = Callable[[Any], Any]
@@ -155,9 +155,8 @@ class WorkerPool:
 
 
 def _work(make: Make, pipe: Connection) -> None:
-    """A worker's life. It uses one core and no GPU, where DALI would open a context and a thread per core."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("DALI_NUM_THREADS", "1")
+    """A worker's life."""
+    use_one_core()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer stops it
     try:

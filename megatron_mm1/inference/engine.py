@@ -89,21 +89,13 @@ class Engine:
         self.tokenizer = tokenizer
         self.pg_collection = pg_collection
         self.batch_size = batch_size
-        vision = config.model.vision
         if config.data.image_tiling != "none" and not config.data.text_only:
             raise UserError(
                 f"this model was trained with data.image_tiling {config.data.image_tiling}: inference takes whole "
                 "images only and cannot run it"
             )
         self._processor = ImageProcessor.of(config)
-        self._assembler = Assembler(
-            seq_length=config.data.seq_length,
-            tokens_per_image=config.model.connector.tokens_per_image,
-            image_id=tokenizer.image_id,
-            pad_id=tokenizer.pad_id,
-            image_size=vision.image_size,
-            text_only=config.data.text_only,
-        )
+        self._assembler = Assembler.of(config, tokenizer)
 
     @property
     def num_replicas(self) -> int:

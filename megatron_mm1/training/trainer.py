@@ -163,7 +163,7 @@ class Run:
             self.logger.progress(loss=statistics.losses.loss, **{"tokens/s": window.tokens_per_second})
             if is_logged:
                 figures = window.figures(self.iteration, self.consumed, statistics, rates)
-                epochs = self.data.plan.epochs(self.consumed)
+                epochs = self.data.epochs(self.consumed)
                 figures |= {f"epochs {name}": value for name, value in epochs.items()}
                 figures |= routing_figures(self.config, self.model, pg_collection=self.groups)
                 self.logger.record("train", self.iteration, figures)

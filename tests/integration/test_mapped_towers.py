@@ -112,8 +112,9 @@ def test_a_tower_of_transformers(case: str, groups: Any, tmp_path: Path) -> None
         (True, {"no_ln_pre": True}),
     ],
 )
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_tower_of_open_clip(quick_gelu: bool, settings: dict[str, Any], whole: bool, groups: Any) -> None:
+@pytest.mark.parametrize("resize_mode", ["squash", "shortest", None])
+def test_a_tower_of_open_clip(quick_gelu: bool, settings: dict[str, Any], resize_mode: str | None, groups: Any) -> None:
+    whole = resize_mode is not None
     vision_cfg = {**OPEN_CLIP["vision_cfg"], **settings}
     reference = _build_vision_tower(24, {**vision_cfg, "output_tokens": True}, quick_gelu=quick_gelu).eval()
     pretrained.randomize(reference)
@@ -124,7 +125,12 @@ def test_a_tower_of_open_clip(quick_gelu: bool, settings: dict[str, Any], whole:
     if whole:
         state |= {"logit_scale": torch.ones(()), "transformer.resblocks.0.ln_1.weight": torch.ones(16)}
     config = {**OPEN_CLIP, "quick_gelu": quick_gelu, "vision_cfg": vision_cfg}
-    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    pixels = {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "interpolation": "bicubic",
+        "resize_mode": resize_mode,
+    }
     if whole:
         config = {"model_cfg": config, "preprocess_cfg": pixels}
 
@@ -132,6 +138,7 @@ def test_a_tower_of_open_clip(quick_gelu: bool, settings: dict[str, Any], whole:
     ours = collect(plan)
     assert_close(our_features(model.vision, ours, groups), expected)
     assert model.vision.image_std == ((0.4, 0.5, 0.6) if whole else VisionConfig().image_std)
+    assert model.vision.image_resize == ("shorter_side_crop" if resize_mode == "shortest" else "squash")
 
     exported, plan = export_model("open_clip", model, StateDict(ours))
     tensors = {name.removeprefix("visual."): tensor for name, tensor in collect(plan).items()}

@@ -156,7 +156,7 @@ def test_bad_image_of_a_page_is_left_out_of_it(tmp_path: Path, tokenizer: Tokeni
     hopeless = Document((Image(b"junk"), Text("red"), Image(b"rubbish")), "hopeless")
     manifest = prepare([page, hopeless], tokenizer=tokenizer, output=tmp_path / "data")
     assert manifest.images == {"seen": 3, "written": 2, "dropped": {"not an image": 1}}
-    assert manifest.records["rejected"] == {"no images": 1}
+    assert manifest.records["rejected"] == {"not an image": 1}
     piece = IndexedSource(tmp_path / "data", tokenizer_fingerprint=None).piece(0)
     assert piece.images == (good, other)
 

@@ -11,6 +11,7 @@ import PIL.ImageOps
 import pytest
 import torch
 
+from megatron_mm1.data.image_headers import image_size
 from megatron_mm1.data.images import ImageProcessor, UnusableImage, check_image, decode, decoding
 from tests.corpora import encoded
 
@@ -159,6 +160,7 @@ def test_check_names_the_reason(kind: str, reason: str) -> None:
 def test_check_gives_height_and_width_of_the_upright_image(kind: str) -> None:
     width, height = by_pillow(PICTURES[kind]).size
     assert check_image(PICTURES[kind]) == (height, width)
+    assert image_size(PICTURES[kind]) == (height, width)  # from the header alone
 
 
 @pytest.mark.parametrize("kind", PICTURES)

@@ -12,7 +12,7 @@ import pytest
 from megatron_mm1.cli import main
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.schema import SourceConfig
-from megatron_mm1.data.inspect.mixture import epochs, mixture_table, realised_mixture
+from megatron_mm1.data.inspect.mixture import mixture_table, realised_mixture
 from megatron_mm1.data.inspect.page import page, random_indices
 from megatron_mm1.data.inspect.prepared_data import describe, duplicate_documents, duplicate_images
 from megatron_mm1.data.plan import TrainingData, training_data
@@ -196,7 +196,7 @@ def test_epochs_of_a_mixed_run_are_by_source(folder: Path) -> None:
     config = small_config(folder, packing="mixed", mixture_unit="examples")
     data, _ = opened(config)
     length = len(data.plan.ingredients[0].stream)
-    assert epochs(data, 2 * length) == pytest.approx({"captions": 3.0, "pages": 2.0})
+    assert data.epochs(2 * length) == pytest.approx({"captions": 3.0, "pages": 2.0})
 
 
 def test_phases_that_the_run_does_not_come_to_are_left_out(folder: Path) -> None:

@@ -29,7 +29,7 @@ class Numbered:
 
 
 def ingredients(*caps: float | None, size: int = 100) -> list[Ingredient]:
-    return [Ingredient(str(n), Numbered(size), f"source {n}", max_epochs=cap) for n, cap in enumerate(caps)]
+    return [Ingredient({str(n): 1.0}, Numbered(size), f"source {n}", max_epochs=cap) for n, cap in enumerate(caps)]
 
 
 def plan(weights: list[float], *, seed: int = 0, caps: list[float | None] | None = None, **later: list[float]) -> Plan:
@@ -127,7 +127,9 @@ def test_fingerprint_tells_plans_apart(other: dict[str, Any]) -> None:
 
 def test_fingerprint_tells_content_and_limits_apart() -> None:
     def fingerprint(content: str, identity: str) -> str:
-        return Plan([Ingredient("a", Numbered(), content)], [Phase(0, {0: 1})], seed=0, identity=identity).fingerprint()
+        return Plan(
+            [Ingredient({"a": 1.0}, Numbered(), content)], [Phase(0, {0: 1})], seed=0, identity=identity
+        ).fingerprint()
 
     assert len({fingerprint(content, identity) for content in "ab" for identity in "cd"}) == 4
 
@@ -146,9 +148,3 @@ def test_no_source_settles_on_one_data_parallel_rank() -> None:
 def test_impossible_weights(weights: list[float]) -> None:
     with pytest.raises(UserError, match="weights"):
         plan(weights)
-
-
-def test_epochs_by_name() -> None:
-    mixture = plan([3, 1], caps=[1.0, None])
-    assert mixture.epochs(0) == {"0": 0, "1": 0}
-    assert mixture.epochs(10_000) == {"0": 1.0, "1": 99.0}

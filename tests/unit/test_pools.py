@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mm1.data import pools
-from megatron_mm1.data.packing import ranges
+from megatron_mm1.data.arrays import ranges
 from megatron_mm1.data.pools import PackedStream, PackingLimits, PieceOf, Share
 from megatron_mm1.errors import UserError
 

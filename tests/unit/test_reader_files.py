@@ -19,6 +19,7 @@ from megatron_mm1.data.readers.base import Row, Shard
 from megatron_mm1.data.readers.json_list import read_list
 from megatron_mm1.data.readers.lines import line_shards, read_lines
 from megatron_mm1.data.records import Document, Reason, Rejected, Text
+from megatron_mm1.errors import UserError
 
 ROWS = [{"text": f"line {number} " + "x" * (number % 50)} for number in range(400)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -181,3 +182,10 @@ def test_a_damaged_json_list_ends_with_one_rejection(tmp_path: Path, content: by
     (tmp_path / "a.json").write_bytes(content)
     rows = items_of(tmp_path / "a.json")
     assert [row.value if isinstance(row, Row) else row.reason for row in rows] == found
+
+
+def test_a_link_to_nothing_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words\n")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(UserError, match=r"b\.txt"):
+        outcome(tmp_path)

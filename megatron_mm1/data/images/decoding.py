@@ -1,7 +1,5 @@
 """Encoded images -> RGB pixels, by DALI on the CPU: it decodes to the same bytes as Pillow, several times faster."""
 
-import io
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -10,46 +8,9 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-MAX_SIDE = 10_000
-"""px [M]; a longer side is refused from the header, before anything is decoded."""
-MAX_PIXELS = 64_000_000
-"""Decoded, that is 192 MB."""
+from megatron_mm1.data.image_headers import UnusableImage, image_size, open_header
+
 _DALI_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "JPEG2000", "PPM"}
-_ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)
-"""EXIF orientations whose upright image has height and width exchanged."""
-
-
-class UnusableImage(ValueError):
-    """An image that is not decoded.
-
-    Attributes:
-        kind: the reason, the same for every image refused for it.
-    """
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        super().__init__(kind)
-
-
-def _open_header(data: bytes) -> PIL.Image.Image:
-    """The image with nothing decoded yet.
-
-    Raises:
-        UnusableImage: not an image, or too large to decode.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own, higher limits
-            image = PIL.Image.open(io.BytesIO(data))
-    except PIL.Image.DecompressionBombError:
-        raise UnusableImage("image too large") from None
-    except Exception:  # Pillow's plugins raise anything from OSError to struct.error on bad bytes
-        raise UnusableImage("not an image") from None
-    width, height = image.size
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise UnusableImage("image too large")
-    return image
 
 
 def check_image(data: bytes) -> tuple[int, int]:
@@ -58,19 +19,10 @@ def check_image(data: bytes) -> tuple[int, int]:
     Raises:
         UnusableImage: not an image, too large, or damaged.
     """
-    with _open_header(data) as image:
-        height, width = _upright_size(image)
+    size = image_size(data)
     if decode_with_pillow(data) is None and decode([data])[0] is None:  # either will do, and Pillow is at hand
         raise UnusableImage("image cannot be decoded")
-    return height, width
-
-
-def _upright_size(image: PIL.Image.Image) -> tuple[int, int]:
-    try:
-        turned = image.getexif().get(_ORIENTATION) in _TURNED
-    except Exception:  # see _open_header
-        turned = False
-    return (image.width, image.height) if turned else (image.height, image.width)
+    return size
 
 
 def decode(images: Sequence[bytes | None]) -> list[np.ndarray | None]:
@@ -98,7 +50,7 @@ def suits_dali(data: bytes) -> bool:
     Raises:
         UnusableImage: not an image, or too large to decode.
     """
-    with _open_header(data) as image:
+    with open_header(data) as image:
         return image.format in _DALI_FORMATS and not _has_frames(image)
 
 
@@ -106,7 +58,7 @@ def _has_frames(image: PIL.Image.Image) -> bool:
     """Whether it is an animation or has pages (Pillow gives the first); counting them may read damaged bytes."""
     try:
         return getattr(image, "is_animated", False)
-    except Exception:  # see _open_header
+    except Exception:  # see open_header
         return True
 
 
@@ -136,7 +88,7 @@ def _decode_with_dali(images: list[bytes]) -> list[np.ndarray | None]:
 def decode_with_pillow(data: bytes) -> np.ndarray | None:
     """[H, W, 3] uint8 RGB, upright; None where it cannot be decoded."""
     try:
-        with _open_header(data) as image:
+        with open_header(data) as image:
             return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception:  # see _open_header
+    except Exception:  # see open_header
         return None

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.data.plan import Sources, TrainingData, packing_limits
-from megatron_mm1.data.pools import PackedStream, PackingLimits, PieceOf
+from megatron_mm1.data.pools import PackingLimits, PieceOf
 
 
 @dataclass
@@ -53,8 +53,7 @@ def cost(sources: Sources, limits: PackingLimits, piece: PieceOf, *, text_only: 
     """Positions and images (tiles) that a piece takes in its sequence; with `text_only`, no image takes any."""
     positions, sizes = sources[piece.source].images_of(np.array([piece.document]))
     inside = (positions >= piece.start) & (positions < piece.stop)
-    count = np.full(len(positions), len(positions))
-    each = np.ones(len(positions), np.int64) if limits.tiles is None else limits.tiles(sizes, count)
+    each = limits.tiles_of_images(sizes, np.full(len(sizes), len(sizes)))
     tiles = 0 if text_only else int(each[inside].sum())
     return piece.stop - piece.start - int(inside.sum()) + tiles * limits.tokens_per_image, tiles
 
@@ -69,18 +68,8 @@ def mixture_table(config: MM1Config, data: TrainingData, *, num_sequences: int) 
         lines.append(f"from step {start:,}, over {len(indices):,} sequences:")
         lines += _phase_table(data, realised_mixture(config, data, indices))
     lines.append(f"over the whole run of {steps:,} steps:")
-    lines += [f"  {name:<16} {value:>9.3f} epochs" for name, value in epochs(data, steps * batch).items()]
+    lines += [f"  {name:<16} {value:>9.3f} epochs" for name, value in data.epochs(steps * batch).items()]
     return lines
-
-
-def epochs(data: TrainingData, consumed: int) -> dict[str, float]:
-    """How often each source has been seen when the run has used `consumed` sequences, by name."""
-    seen = dict.fromkeys(data.sources.names, 0.0)
-    for ingredient, count in zip(data.plan.ingredients, data.plan.used(consumed), strict=True):
-        assert isinstance(ingredient.stream, PackedStream)
-        for share in ingredient.stream.shares:
-            seen[share.name] += share.passes * count / len(ingredient.stream)
-    return seen
 
 
 def _phase_table(data: TrainingData, realised: Sequence[Realised]) -> list[str]:

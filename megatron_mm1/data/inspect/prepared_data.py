@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from megatron_mm1.data.arrays import count_values
 from megatron_mm1.data.prepared import IMAGE_COLUMNS
 from megatron_mm1.data.source import IndexedSource
 from megatron_mm1.data.storage import Range, open_storage
@@ -14,8 +15,6 @@ from megatron_mm1.data.storage import Range, open_storage
 _HEIGHT, _WIDTH, _CHECKSUM = (IMAGE_COLUMNS.index(name) for name in ("height", "width", "checksum"))
 _BLOCK = 1 << 20
 """Documents looked at together."""
-_AT_ONCE = 1 << 25
-"""Hashes in memory, 256 MB."""
 _LENGTHS = [2**power for power in range(4, 17)]
 _IMAGES = [1, 2, 3, 4, 8, 16, 30]
 _SIDES = [64, 128, 256, 512, 1024, 2048, 4096]
@@ -81,12 +80,7 @@ def _document_hashes(source: IndexedSource) -> Iterator[np.ndarray]:
 
 def _repeats(hashes: Callable[[], Iterator[np.ndarray]], total: int) -> int:
     """How many of `total` hashes, of which `hashes()` starts a pass, are not the first of their value."""
-    passes = max(1, -(-total // _AT_ONCE))
-    distinct = 0
-    for turn in range(passes):
-        taken = [values[values % passes == turn] for values in hashes()]
-        distinct += len(np.unique(np.concatenate(taken))) if taken else 0
-    return total - distinct
+    return total - sum(len(values) for values, _ in count_values(hashes, total))
 
 
 def _image_rows(source: IndexedSource) -> Iterator[np.ndarray]:

@@ -1,6 +1,5 @@
 """What images and texts are compared by."""
 
-import io
 import re
 import unicodedata
 from functools import lru_cache
@@ -11,8 +10,9 @@ import PIL.Image
 import PIL.ImageOps
 import xxhash
 
+from megatron_mm1.data.image_headers import open_header
+
 _MIN_CONTRAST = 2.0
-_MAX_PIXELS = 64_000_000
 _ENOUGH = 256
 """px; the hash is of 32 x 32."""
 # Written without spaces, so that each character counts as a word: kana and Han.
@@ -40,15 +40,13 @@ def perceptual_hash(data: bytes) -> int | None:
         grey = _grey(data)
     except Exception:  # decoders raise what they like on damaged images
         return None
-    if grey is None or np.asarray(grey).std() < _MIN_CONTRAST:
+    if np.asarray(grey).std() < _MIN_CONTRAST:
         return None
     return int(str(imagehash.phash(grey)), 16)
 
 
-def _grey(data: bytes) -> PIL.Image.Image | None:
-    file = PIL.Image.open(io.BytesIO(data))
-    if file.width * file.height > _MAX_PIXELS:
-        return None
+def _grey(data: bytes) -> PIL.Image.Image:
+    file = open_header(data)
     file.draft(None, (_ENOUGH, _ENOUGH))  # JPEG decodes at a half, a fourth or an eighth, no smaller than this
     picture = PIL.ImageOps.exif_transpose(file).convert("RGBA")
     opaque = PIL.Image.new("RGBA", picture.size, "white")

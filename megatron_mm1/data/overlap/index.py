@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from megatron_mm1.data.arrays import ranges
+
 _NONE = np.zeros(0, np.int64)
 
 
@@ -27,7 +29,7 @@ class Postings:
     def documents(self, hashes: np.ndarray) -> np.ndarray:
         """Documents with any of `hashes`, each once, in order."""
         found = _members(self._hashes, np.asarray(hashes, np.uint64))
-        return np.unique(self._documents[_ranges(self._starts[found], self._starts[found + 1])])
+        return np.unique(self._documents[ranges(self._starts[found], self._starts[found + 1])])
 
 
 class NearPostings:
@@ -57,7 +59,7 @@ class NearPostings:
         for mask, order, values in zip(self._masks, self._orders, self._sorted, strict=True):
             keys = hashes & mask
             starts, stops = np.searchsorted(values, keys), np.searchsorted(values, keys, side="right")
-            candidates = order[_ranges(starts, stops)]
+            candidates = order[ranges(starts, stops)]
             bits = np.bitwise_count(self._hashes[candidates] ^ np.repeat(hashes, stops - starts))
             near = bits <= self._distance
             documents.append(self._documents[candidates[near]])
@@ -84,9 +86,3 @@ def _members(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     inside = places < len(values)
     places = places[inside]
     return places[values[places] == wanted[inside]]
-
-
-def _ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """All numbers of several ranges, one range after another."""
-    lengths = stops - starts
-    return np.repeat(stops - np.cumsum(lengths), lengths) + np.arange(lengths.sum())

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from megatron_mm1.data.overlap.data_sets import DataSet, Sample
 from megatron_mm1.data.overlap.fingerprints import image_hash, perceptual_hash, run_hashes, text_hash, words_of
 from megatron_mm1.data.overlap.index import NearPostings, Postings
+from megatron_mm1.data.processes import end_with_parent
 from megatron_mm1.errors import UserError
 
 LISTED = 100
@@ -223,6 +224,7 @@ class _Worker:
 
 
 def _start_worker(index: EvaluationIndex, data_set: DataSet) -> None:
+    end_with_parent()
     _Worker.index, _Worker.data_set = index, data_set
 
 

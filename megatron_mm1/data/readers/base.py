@@ -110,10 +110,12 @@ def files_below(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The file `path` itself, or every file below it whose name ends in one of `suffixes`, in order of their paths.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or one is a link to nothing.
     """
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if file.name.endswith(suffixes) and file.is_file()]
+    files = [file for file in files if file.name.endswith(suffixes) and not file.is_dir()]
+    if dangling := [file for file in files if not file.exists()]:
+        raise UserError(f"{dangling[0]} is a link to nothing ({len(dangling)} of them): mend or remove it")
     if not files:
         raise UserError(f"no {', '.join(suffixes)} file in {path}")
     return files

@@ -1,0 +1,36 @@
+"""What the parsers of the commands have in common."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+FAILED = 1
+"""Exit code of a check that ran and did not hold."""
+
+
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    function: Callable[[argparse.Namespace], int | None],
+    summary: str,
+) -> argparse.ArgumentParser:
+    """The parser of a command that calls `function`, whose result is the exit code; None: 0."""
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: use 0 to 1")
+    return value
