@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     initialize_process_group(timeout_minutes=5)
     groups = build_process_groups(config.parallel, seed=1)
-    model = build_model(config, backend=layer_backend("auto"), pg_collection=groups)
+    model = build_model(config, backend=layer_backend(config), pg_collection=groups)
     optimizer, scheduler = build_optimizer(config, model, pg_collection=groups)
 
     def state() -> dict[str, object]:

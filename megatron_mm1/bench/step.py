@@ -49,7 +49,7 @@ def bench_step_main(args: argparse.Namespace, config_arguments: Sequence[str]) -
     config = load_config(config_arguments)
     check_kind(config, args.synthetic)
     validate(config, world_size=launcher_ranks()[1])
-    backend = layer_backend(config.training.layer_backend)
+    backend = layer_backend(config)
     tokenizer = None if args.synthetic else open_tokenizer(config.data.tokenizer)
     initialize_process_group(timeout_minutes=config.parallel.distributed_timeout_minutes)
     try:

@@ -1,8 +1,9 @@
 """Sizes that follow from a configuration, computed in one place."""
 
 import math
+from collections.abc import Mapping
 
-from megatron_mm1.config.schema import DecoderConfig, ModelConfig, VisionConfig
+from megatron_mm1.config.schema import DecoderConfig, Fp8Config, Fp8Recipe, ModelConfig, VisionConfig
 
 COMPONENTS = {"tower": "tower.", "connector": "connector.", "decoder": "language_model."}
 """The model's parts, and what the names of their tensors begin with."""
@@ -52,3 +53,25 @@ def num_patches(vision: VisionConfig) -> int:
 def num_vision_blocks(vision: VisionConfig) -> int:
     """Blocks that are built: those after `feature_layer` are not."""
     return vision.num_layers + vision.feature_layer + 1
+
+
+def fp8_recipes(fp8: Fp8Config) -> Mapping[str, Fp8Recipe]:
+    """The recipe of each component's linear layers: "decoder", "experts", "tower", "connector"."""
+    return {
+        "decoder": fp8.decoder_recipe,
+        "experts": fp8.experts_recipe or fp8.decoder_recipe,
+        "tower": fp8.tower_recipe,
+        "connector": fp8.connector_recipe,
+    }
+
+
+def uses_fp8(fp8: Fp8Config) -> bool:
+    return any(recipe != "bf16" for recipe in fp8_recipes(fp8).values())
+
+
+def row_multiple(recipe: Fp8Recipe) -> int:
+    """What the number of rows (positions) of a product's input is padded to a multiple of where they can be chosen.
+
+    FP8 products on Hopper take 16 at a time; "fp8_blockwise" has a scale per 128 rows and columns.
+    """
+    return {"bf16": 1, "fp8_delayed": 16, "fp8_tensorwise": 16, "fp8_blockwise": 128}[recipe]

@@ -12,6 +12,13 @@ from typing import Any, cast
 
 from megatron_mm1.config.schema import MM1Config
 
+_UNTRIED = {
+    "tensor-parallel communication overlapped with products": ("tp_comm_overlap", "ub_tp_comm_overlap"),
+    "DeepEP": ("flex", "deepep", "moe_enable_deepep", "moe_flex_dispatcher_backend"),
+    "CUDA graphs": ("cuda_graph_impl", "cuda_graph_modules", "cuda_graph_scope", "enable_cuda_graph", "use_cuda_graph"),
+}
+"""What megatron-core has for GPUs and is left out here until it has been run on one, by the words that ask for it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
@@ -119,3 +126,11 @@ def value_at(config: Any, path: str) -> Any:
     for name in path.split("."):
         config = getattr(config, name, None)
     return config
+
+
+def refusal(word: str) -> str:
+    """Why the setting or value `word` of megatron-core is not offered; empty where there is nothing to say."""
+    for what, words in _UNTRIED.items():
+        if word in words:
+            return f": {what}, not run on a GPU with this model yet, and not offered until then: leave it out"
+    return ""

@@ -271,6 +271,31 @@ class TrainingConfig:
     """Seed of the initial weights."""
 
 
+Fp8Recipe = Literal["bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise"]
+"""How linear layers multiply: in bf16, or in FP8 with one scale per tensor taken from earlier steps ("fp8_delayed"),
+one per tensor taken from the tensor ("fp8_tensorwise"), or one per 128 values ("fp8_blockwise")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Transformer Engine's FP8 products by component; everything else stays in bf16 [C]."""
+
+    decoder_recipe: Fp8Recipe = "bf16"
+    """Attention projections and dense feed-forward layers; embedding and output layer stay in bf16."""
+    experts_recipe: Fp8Recipe | None = None
+    """Experts' feed-forward layers; null: as `decoder_recipe`."""
+    tower_recipe: Fp8Recipe = "bf16"
+    connector_recipe: Fp8Recipe = "bf16"
+    """Its last linear layers; convolutions and attention pooling stay in bf16."""
+    bf16_blocks_at_start: int = 0
+    """First decoder blocks that stay in bf16."""
+    bf16_blocks_at_end: int = 0
+    """Last decoder blocks that stay in bf16."""
+    fp8_param: bool = False
+    """Keep the weights of the decoder's FP8 layers in FP8, as the distributed optimizer then also gathers them; its
+    master weights are float32 as ever."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     save_interval: int = 1000
@@ -318,6 +343,7 @@ class MM1Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run_dir: str = "runs/mm1"

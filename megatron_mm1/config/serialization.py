@@ -18,6 +18,7 @@ from megatron_mm1.config.keys import (
     group_class,
     is_nullable,
     is_required,
+    refusal,
 )
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.errors import ConfigError
@@ -72,8 +73,13 @@ def parse_yaml(text: str, *, origin: str) -> dict[str, Any]:
 
 
 def nearest_key(path: str, choices: Sequence[str]) -> str:
-    """`; did you mean 'x'?` for the choice nearest to `path`, by its whole or its last name; empty where none is."""
+    """`; did you mean 'x'?` for the choice nearest to `path`, by its whole or its last name; empty where none is.
+
+    For what is left out on purpose it says why.
+    """
     last = path.rpartition(".")[2]
+    if reason := refusal(last):
+        return reason
     by_last = {choice.rpartition(".")[2]: choice for choice in choices}
     near = get_close_matches(path, choices, n=1, cutoff=0.8)
     near = near or [by_last[name] for name in get_close_matches(last, by_last, n=1, cutoff=0.7)]
@@ -115,7 +121,8 @@ def _convert(annotation: Any, value: Any, path: str, problems: list[str]) -> Any
     try:
         return _leaf_parser(annotation).parse_object({"value": value}).value
     except argparse.ArgumentError:
-        problems.append(f"{path} is {_show(value)}, which is not {describe_type(annotation)}")
+        reason = refusal(value) if isinstance(value, str) else ""
+        problems.append(f"{path} is {_show(value)}, which is not {describe_type(annotation)}{reason}")
         return None
 
 

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_mm1.config import layout_rules
-from megatron_mm1.config.derived import head_dim, num_patches, num_query_groups, num_vision_blocks
+from megatron_mm1.config.derived import (
+    fp8_recipes,
+    head_dim,
+    num_patches,
+    num_query_groups,
+    num_vision_blocks,
+    uses_fp8,
+)
 from megatron_mm1.config.keys import value_at
 from megatron_mm1.config.layout_rules import divisors, either
 from megatron_mm1.config.schema import MM1Config, SourceConfig
@@ -56,6 +63,8 @@ MINIMUM: dict[str, int] = {
     "training.eval_interval": 0,
     "training.eval_iters": 1,
     "training.recompute_num_layers": 1,
+    "fp8.bf16_blocks_at_start": 0,
+    "fp8.bf16_blocks_at_end": 0,
     "optimizer.lr_warmup_iters": 0,
     "optimizer.lr_decay_iters": 1,
     "optimizer.weight_decay": 0,
@@ -271,6 +280,36 @@ def _schedule(config: MM1Config, world_size: int) -> Iterator[str]:
         yield f"lr_warmup_iters {warmup} is not less than {name} {length}, warm-up included: use {length - 1} or less"
 
 
+def _fp8(config: MM1Config, world_size: int) -> Iterator[str]:
+    fp8, training, recipes = config.fp8, config.training, fp8_recipes(config.fp8)
+    in_bf16 = fp8.bf16_blocks_at_start + fp8.bf16_blocks_at_end
+    if uses_fp8(fp8) and training.precision != "bf16":
+        yield f"FP8 layers need training.precision bf16 beside them, which is {training.precision}: set bf16"
+    if uses_fp8(fp8) and training.layer_backend == "local":
+        yield "FP8 layers are Transformer Engine's, and training.layer_backend is local: use auto or transformer_engine"
+    if config.model.moe is None and fp8.experts_recipe not in (None, "bf16"):
+        yield f"fp8.experts_recipe {fp8.experts_recipe} needs experts: set model.moe, or leave it null"
+    if recipes["decoder"] == "bf16":
+        for name in ("bf16_blocks_at_start", "bf16_blocks_at_end"):
+            if getattr(fp8, name):
+                yield f"fp8.{name} {getattr(fp8, name)} excepts blocks from fp8.decoder_recipe, which is bf16: use 0"
+        if fp8.fp8_param:
+            yield "fp8.fp8_param is about the decoder's FP8 layers, and fp8.decoder_recipe is bf16: leave it false"
+    elif in_bf16 >= config.model.decoder.num_layers:
+        yield (
+            f"fp8.bf16_blocks_at_start + bf16_blocks_at_end {in_bf16} leave none of the decoder's "
+            f"{config.model.decoder.num_layers} blocks in FP8: use fewer"
+        )
+    if in_bf16 and "fp8_delayed" in (recipes["decoder"], recipes["experts"]):
+        # Its scales are reduced over ranks once for all layers of a stage, on leaving the last of them.
+        yield "bf16_blocks_at_start and bf16_blocks_at_end go with every FP8 recipe but fp8_delayed: use another, or 0"
+    if fp8.fp8_param and not config.parallel.use_distributed_optimizer:
+        yield (
+            "fp8.fp8_param needs the float32 weights that parallel.use_distributed_optimizer keeps: set that true, or "
+            "fp8.fp8_param false"
+        )
+
+
 def _checkpoint(config: MM1Config, world_size: int) -> Iterator[str]:
     if config.checkpoint.finetune and config.checkpoint.load is None:
         yield "checkpoint.finetune takes the weights of checkpoint.load, which is null: name a checkpoint"
@@ -294,6 +333,7 @@ RULES = (
     Rule((), _mixture),
     Rule((), _optimizer),
     Rule(("optimizer.lr_", "training.train_iters"), _schedule),
+    Rule(("fp8", "model.decoder.num_layers"), _fp8),
     Rule((), _checkpoint),
 )
 

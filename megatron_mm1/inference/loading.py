@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
-from megatron_mm1.config import MM1Config
+from megatron_mm1.config import Fp8Config, MM1Config
 from megatron_mm1.config.validation import validate
 from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.errors import UserError
@@ -58,7 +58,7 @@ def open_engine(checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED) -> Itera
     world_size = launcher_ranks()[1]
     config = inference_config(metadata.mm1_config(), sizes=sizes, world_size=world_size)
     validate(config, world_size=world_size)
-    backend = layer_backend(config.training.layer_backend)
+    backend = layer_backend(config)
     tokenizer = open_tokenizer(config.data.tokenizer)
     check_tokenizer(metadata, tokenizer.fingerprint)
     initialize_process_group(timeout_minutes=config.parallel.distributed_timeout_minutes)
@@ -100,4 +100,4 @@ def inference_config(saved: MM1Config, *, sizes: ParallelSizes, world_size: int)
     )
     # Validation wants a global batch that the processes divide.
     training = replace(saved.training, global_batch_size=saved.training.micro_batch_size * world_size, freeze=())
-    return replace(saved, parallel=parallel, training=training)
+    return replace(saved, parallel=parallel, training=training, fp8=Fp8Config())

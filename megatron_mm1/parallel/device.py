@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+from megatron_mm1.config import MM1Config
+from megatron_mm1.config.derived import fp8_recipes, uses_fp8
 from megatron_mm1.errors import UserError
 from megatron_mm1.parallel import cpu
 
@@ -75,18 +77,26 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def layer_backend(requested: str) -> str:
+def layer_backend(config: MM1Config) -> str:
     """Resolve `training.layer_backend` to "transformer_engine" or "local".
 
     Raises:
-        UserError: Transformer Engine is asked for where it cannot work.
+        UserError: Transformer Engine is asked for, or FP8 layers are, which only it has, where it cannot work.
     """
-    problem = transformer_engine_problem()
-    if requested == "auto":
-        return "local" if problem else "transformer_engine"
-    if requested == "transformer_engine" and problem:
+    requested, problem = config.training.layer_backend, transformer_engine_problem()
+    if config.training.precision == "fp32":
+        problem = problem or "its attention on packed sequences takes no float32"
+    if requested == "local" or not problem:
+        return "local" if requested == "local" else "transformer_engine"
+    if requested == "transformer_engine":
         raise UserError(
             "training.layer_backend is transformer_engine, but Transformer Engine cannot be used "
             f"({problem}): use local"
         )
-    return requested
+    if uses_fp8(config.fp8):
+        in_fp8 = ", ".join(f"fp8.{name}_recipe" for name, recipe in fp8_recipes(config.fp8).items() if recipe != "bf16")
+        raise UserError(
+            f"{in_fp8} ask for FP8 layers, but Transformer Engine, whose they are, cannot be used ({problem}): "
+            "set them to bf16"
+        )
+    return "local"

@@ -78,7 +78,7 @@ class Comparison:
     ) -> None:
         self.config, self.kinds, self.steps, self.bounds = config, kinds, steps, bounds
         self.job, self.reference = job, reference
-        self.backend = layer_backend(config.training.layer_backend)
+        self.backend = layer_backend(config)
         self._folder = tempfile.TemporaryDirectory(prefix="mm1-parity-")
         self._references: dict[str, tuple[Path, Path, dict[str, jobs.Outcome]]] = {}
         self._weights: dict[str, Path] = {}
@@ -230,7 +230,7 @@ def parity_main(args: argparse.Namespace, config_arguments: Sequence[str]) -> bo
     layouts = choose_layouts(config, args.layouts, max_world_size=world_size)
     settings = [
         f"model {config.name}, sequences of {config.data.seq_length}, micro batch {config.training.micro_batch_size}, "
-        f"precision {config.training.precision}, layer backend {layer_backend(config.training.layer_backend)}",
+        f"precision {config.training.precision}, layer backend {layer_backend(config)}",
         f"{len(layouts)} layouts ({args.layouts}) of at most {world_size} processes, on {_device()}",
         f"{len(kinds)} kinds of batch: {', '.join(kinds)}",
     ]

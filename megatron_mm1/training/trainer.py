@@ -44,7 +44,7 @@ def train(config: MM1Config) -> None:
         UserError: the configuration, the data or the checkpoint does not allow the run; nothing has been written.
     """
     validate(config, world_size=launcher_ranks()[1])
-    backend = layer_backend(config.training.layer_backend)
+    backend = layer_backend(config)
     tokenizer = open_tokenizer(config.data.tokenizer)
     start = starting_point(config, tokenizer)
 

@@ -167,6 +167,21 @@ def test_a_mistake_on_the_command_line_is_told_with_the_fix(arguments: list[str]
 
 
 @pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--tp-comm-overlap"], "unknown option --tp_comm_overlap: tensor-parallel communication overlapped"),
+        (["--cuda_graph_impl", "local"], "unknown option --cuda_graph_impl: CUDA graphs"),
+        (["--moe_token_dispatcher_type", "flex"], "is 'flex', which is not alltoall|allgather: DeepEP"),
+    ],
+)
+def test_what_was_never_run_on_a_gpu_is_refused_by_name(arguments: list[str], what: str) -> None:
+    (problem,) = problems(["--preset", "mm1-tiny-moe", *arguments])
+    assert what in problem and problem.endswith(
+        "not run on a GPU with this model yet, and not offered until then: leave it out"
+    )
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("parallel: {tensor_model_parallel_sise: 2}", "did you mean 'parallel.tensor_model_parallel_size'?"),

@@ -8,6 +8,7 @@ from megatron_mm1.config.presets import preset
 from megatron_mm1.config.validation import MINIMUM, validate
 from megatron_mm1.errors import ConfigError
 
+BF16 = "--precision bf16"
 TP = "--tensor_model_parallel_size"
 PP = "--pipeline_model_parallel_size"
 EP = "--expert_model_parallel_size"
@@ -282,6 +283,54 @@ BROKEN = [
         "lr_warmup_iters 100 is not less than lr_decay_iters 50",
     ),
     ("mm1-tiny", 2, "--finetune", "checkpoint.finetune takes the weights of checkpoint.load, which is null"),
+    (
+        "mm1-tiny",
+        2,
+        "--precision fp32 --tower_recipe fp8_delayed",
+        "FP8 layers need training.precision bf16 beside them",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        f"{BF16} --tower_recipe fp8_delayed --layer_backend local",
+        "FP8 layers are Transformer Engine's",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        f"{BF16} --experts_recipe fp8_delayed",
+        "fp8.experts_recipe fp8_delayed needs experts: set model.moe",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        "--bf16_blocks_at_end 1",
+        "fp8.bf16_blocks_at_end 1 excepts blocks from fp8.decoder_recipe, which is bf16",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        "--fp8_param --use_distributed_optimizer",
+        "fp8.fp8_param is about the decoder's FP8 layers, and fp8.decoder_recipe is bf16",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        f"{BF16} --decoder_recipe fp8_blockwise --bf16_blocks_at_start 2 --bf16_blocks_at_end 2",
+        "fp8.bf16_blocks_at_start + bf16_blocks_at_end 4 leave none of the decoder's 4 blocks in FP8",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        f"{BF16} --decoder_recipe fp8_delayed --bf16_blocks_at_start 1",
+        "bf16_blocks_at_start and bf16_blocks_at_end go with every FP8 recipe but fp8_delayed",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        f"{BF16} --decoder_recipe fp8_tensorwise --fp8_param",
+        "fp8.fp8_param needs the float32 weights that parallel.use_distributed_optimizer keeps",
+    ),
 ]
 
 
@@ -358,7 +407,14 @@ LEGAL = [
     ("mm1-tiny", 2, "--patch_size 8 --connector mlp --tokens_per_image 36 --max_images_per_sequence 7"),
     ("mm1-tiny", 2, "--connector attention_pool --tokens_per_image 7"),
     ("mm1-tiny", 2, "--connector my.own.Connector --tokens_per_image 11"),
-    ("mm1-tiny", 2, "--precision fp32 --layer_backend transformer_engine"),
+    (
+        "mm1-tiny",
+        2,
+        f"{BF16} --layer_backend transformer_engine --decoder_recipe fp8_blockwise --tower_recipe fp8_delayed",
+    ),
+    ("mm1-tiny", 2, f"{BF16} --decoder_recipe fp8_tensorwise --bf16_blocks_at_start 1 --bf16_blocks_at_end 1"),
+    ("mm1-tiny", 2, f"{BF16} --decoder_recipe fp8_delayed --fp8_param --use_distributed_optimizer"),
+    ("mm1-tiny-moe", 2, f"{BF16} --experts_recipe fp8_delayed"),
     ("mm1-tiny", 2, "--feature_layer -2 --final_layernorm false"),
     ("mm1-tiny", 2, "--data.sources []"),
     ("mm1-tiny", 2, "--eval_interval 0 --save_interval 0 --clip_grad 0 --weight_decay 0 --lr_warmup_iters 0"),
