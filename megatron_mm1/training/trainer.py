@@ -1,14 +1,17 @@
 """The trainer: everything a run does, from top to bottom."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_mm1.checkpoint.format import CheckpointMetadata
+from megatron_mm1.checkpoint.format import CheckpointMetadata, make_latest, read_metadata
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.serialization import to_dict, to_yaml
 from megatron_mm1.config.validation import validate
@@ -18,6 +21,7 @@ from megatron_mm1.data.loader import train_batches, validation_batches
 from megatron_mm1.data.plan import training_data
 from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm1.errors import UserError
+from megatron_mm1.faults.stacks import stacks_on_signal
 from megatron_mm1.faults.watch import Pulse, watched
 from megatron_mm1.parallel.device import layer_backend
 from megatron_mm1.parallel.groups import (
@@ -27,13 +31,15 @@ from megatron_mm1.parallel.groups import (
     launcher_ranks,
 )
 from megatron_mm1.training.build import build_model, build_optimizer, component_learning_rates
-from megatron_mm1.training.checkpointing import load_checkpoint, load_weights, training_state
+from megatron_mm1.training.checkpointing import load_checkpoint, load_weights, state_is_finite, training_state
 from megatron_mm1.training.figures import Window, introduction
+from megatron_mm1.training.guard import Guard
+from megatron_mm1.training.lag import lagging_ranks, measured
 from megatron_mm1.training.logging import RunLogger, console_line
 from megatron_mm1.training.resume import Start, check_ranks_agree, starting_point
 from megatron_mm1.training.routing import routing_figures
 from megatron_mm1.training.saving import CheckpointSaver
-from megatron_mm1.training.step import StepStatistics, train_step
+from megatron_mm1.training.step import StepStatistics, pass_over, train_step
 from megatron_mm1.training.validation import validate_model
 
 
@@ -48,7 +54,7 @@ def train(config: MM1Config) -> None:
     tokenizer = open_tokenizer(config.data.tokenizer)
     start = starting_point(config, tokenizer)
 
-    parallel = config.parallel
+    parallel, stacks = config.parallel, Path(config.run_dir) / "stacks"
     store = initialize_process_group(timeout_minutes=parallel.distributed_timeout_minutes)
     try:
         with watched(
@@ -57,11 +63,14 @@ def train(config: MM1Config) -> None:
             world_size=torch.distributed.get_world_size(),
             silence_limit=parallel.heartbeat_timeout_seconds,
             # A little before the collectives give up: NCCL's watchdog aborts a process that may not be to blame.
-            standstill_limit=60 * parallel.distributed_timeout_minutes - 5,
+            standstill_limit=config.faults.hang_timeout_seconds or 60 * parallel.distributed_timeout_minutes - 5,
+            stacks=stacks,
         ) as pulse:
             check_ranks_agree(start)
             groups = build_process_groups(parallel, seed=config.training.seed)
-            Run(config, backend=backend, tokenizer=tokenizer, start=start, groups=groups, pulse=pulse).train()
+            run = Run(config, backend=backend, tokenizer=tokenizer, start=start, groups=groups, pulse=pulse)
+            with stacks_on_signal(stacks, torch.distributed.get_rank()):
+                run.train()
             torch.distributed.barrier()
         destroy_process_groups()
     finally:
@@ -74,6 +83,7 @@ class Run:
     Attributes:
         iteration: optimizer steps taken.
         consumed: sequences of the training plan used, on all ranks together.
+        own_seconds: the last step on this rank, without what it spent in communication, where that was measured.
     """
 
     def __init__(
@@ -89,6 +99,7 @@ class Run:
         self.config, self.tokenizer, self.groups = config, tokenizer, groups
         self.pulse = pulse or Pulse()
         self.iteration = self.consumed = 0
+        self.own_seconds = 0.0
         self.data = training_data(config, tokenizer=tokenizer)
         encodes = groups.pp.rank() == 0
         place = {"dp_rank": groups.dp.rank(), "dp_size": groups.dp.size(), "with_pixels": encodes}
@@ -104,9 +115,8 @@ class Run:
         self.num_microbatches = config.training.global_batch_size // (
             config.training.micro_batch_size * groups.dp.size()
         )
-        self.batches: Iterator[PackedBatch] = train_batches(
-            config, tokenizer=tokenizer, consumed_sequences=self.consumed, data=self.data, **place
-        )
+        self._open_batches = partial(train_batches, config, tokenizer=tokenizer, data=self.data, **place)
+        self.batches: Generator[PackedBatch] = self._open_batches(consumed_sequences=self.consumed)
         self.dealer = Dealer.of(config, self.data.plan, dp_size=groups.dp.size())
         is_logger = torch.distributed.get_rank() == 0
         wandb_run_id = None if start is None or start.weights_only else start.metadata.wandb_run_id
@@ -128,6 +138,10 @@ class Run:
             max_failures=checkpoints.max_save_failures,
             say=self.logger.say,
         )
+        norms = () if start is None or start.weights_only else start.metadata.grad_norms
+        self.guard = Guard(config, self.data, say=self.logger.say, norms=norms)
+        if self.guard.passed_over:
+            self.logger.say(f" global batches that a rollback leaves out: {sorted(self.guard.passed_over)}")
         if is_logger:
             (Path(config.run_dir) / "config.yaml").write_text(to_yaml(config))
 
@@ -158,7 +172,10 @@ class Run:
         while self.iteration < last:
             rates = component_learning_rates(self.config, self.optimizer)  # of this step; the scheduler then moves on
             is_logged = self._is_due(self.config.logging.log_interval)
-            statistics = self.step(window, with_component_norms=is_logged)
+            statistics = self.step(window, is_logged=is_logged)
+            if statistics.skipped and self._go_back(statistics):
+                window = Window(self.config, skipped=window.skipped, nan=window.nan)
+                continue
             self.saver.poll()
             self.logger.progress(loss=statistics.losses.loss, **{"tokens/s": window.tokens_per_second})
             if is_logged:
@@ -168,6 +185,8 @@ class Run:
                 figures |= routing_figures(self.config, self.model, pg_collection=self.groups)
                 self.logger.record("train", self.iteration, figures)
                 self.logger.say(console_line(figures, train_iters=last))
+                if self._compares_ranks and not statistics.skipped:
+                    self._name_stragglers()
                 window = Window(self.config, skipped=window.skipped, nan=window.nan)
             if training.eval_interval and (self.iteration % training.eval_interval == 0 or self.iteration == last):
                 self.validate()
@@ -180,33 +199,93 @@ class Run:
         self.saver.wait()
         self.logger.close()
 
+    @property
+    def _compares_ranks(self) -> bool:
+        return bool(self.config.faults.straggler_factor) and torch.distributed.get_world_size() > 1
+
+    def _name_stragglers(self) -> None:
+        factor, who = self.config.faults.straggler_factor, self.pulse.status.who
+        for straggler in lagging_ranks(self.own_seconds, who=who, factor=factor, groups=self.groups):
+            self.logger.record("straggler", self.iteration, asdict(straggler.work) | {"median": straggler.median})
+            self.logger.say(f" {straggler}")
+
     def _is_due(self, interval: int) -> bool:
         """Whether something done every `interval` steps and after the last is due after the coming step."""
         coming = self.iteration + 1
         return coming % interval == 0 or coming == self.config.training.train_iters
 
-    def step(self, window: Window, *, with_component_norms: bool) -> StepStatistics:
+    def step(self, window: Window, *, is_logged: bool) -> StepStatistics:
         """One optimizer step on the next global batch, counted in `window`."""
         self.pulse.enter("data", step=self.iteration + 1)
         started = time.perf_counter()
         microbatches = list(islice(self.batches, self.num_microbatches))
         waited = time.perf_counter() - started
         self.pulse.enter("step", step=self.iteration + 1)
-        statistics = train_step(
-            self.config,
-            self.model,
-            self.optimizer,
-            self.scheduler,
-            microbatches,
-            pg_collection=self.groups,
-            with_component_norms=with_component_norms,
-        )
+        if self.global_batch in self.guard.passed_over:
+            statistics = pass_over(self.config, self.scheduler)
+        else:
+            with measured(is_logged and self._compares_ranks) as communication:
+                statistics = train_step(
+                    self.config,
+                    self.model,
+                    self.optimizer,
+                    self.scheduler,
+                    microbatches,
+                    pg_collection=self.groups,
+                    with_component_norms=is_logged,
+                    accept=self.guard.accept,
+                )
+            self.own_seconds = time.perf_counter() - started - communication.seconds()
         seconds = time.perf_counter() - started
-        images_per_rank = self.dealer.images_per_rank(self.consumed // self.config.training.global_batch_size)
+        images_per_rank = self.dealer.images_per_rank(self.global_batch)
         window.add(statistics, images_per_rank, seconds=seconds, waited=waited)
         self.iteration += 1
         self.consumed += self.config.training.global_batch_size
         return statistics
+
+    @property
+    def global_batch(self) -> int:
+        """The number of the coming global batch in the plan."""
+        return self.consumed // self.config.training.global_batch_size
+
+    def _go_back(self, statistics: StepStatistics) -> bool:
+        """After a step that was not applied: do as `faults` says; whether the run has gone back.
+
+        Raises:
+            UserError: the run ends here.
+        """
+        done = self.global_batch - 1
+        if done in self.guard.passed_over:
+            return False
+        response = self.guard.respond(statistics.losses, iteration=self.iteration, global_batch=done)
+        if response.action == "stop":
+            self._stop(response.what)
+        if response.checkpoint is None:
+            return False
+        self.pulse.enter("checkpoint", step=self.iteration)
+        self.saver.wait()
+        metadata = read_metadata(response.checkpoint)
+        self._load(Start(response.checkpoint, metadata, weights_only=False))
+        self.guard.go_on(metadata.grad_norms)
+        self.batches.close()
+        self.batches = self._open_batches(consumed_sequences=self.consumed)
+        self.logger.go_back(self.iteration)
+        if torch.distributed.get_rank() == 0:
+            make_latest(response.checkpoint)  # the ones after it are what this run leaves behind
+        return True
+
+    def _stop(self, why: str) -> NoReturn:
+        """End the run because of a step that was not applied, with a checkpoint if there is anything worth keeping."""
+        state = self._state()
+        self.saver.max_failures = 0
+        if state_is_finite(state):
+            self.saver.save(self._metadata(), state)
+            self.saver.wait()
+            advice = "a checkpoint was saved: start again to go on behind this batch"
+        else:
+            self.saver.wait()
+            advice = "weights or optimizer state are not finite, so nothing was saved: go on from an earlier checkpoint"
+        raise UserError(f"training ended at iteration {self.iteration}, which was not applied: {why} ({advice})")
 
     def validate(self) -> None:
         self.pulse.enter("validation", step=self.iteration)
@@ -217,7 +296,13 @@ class Run:
 
     def save(self) -> None:
         self.pulse.enter("checkpoint", step=self.iteration)
-        metadata = CheckpointMetadata(
+        self.saver.save(self._metadata(), self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return training_state(self.model, self.optimizer, self.scheduler, pg_collection=self.groups)
+
+    def _metadata(self) -> CheckpointMetadata:
+        return CheckpointMetadata(
             iteration=self.iteration,
             consumed_sequences=self.consumed,
             config=to_dict(self.config),
@@ -225,5 +310,5 @@ class Run:
             plan_fingerprint=self.data.plan.fingerprint(self.consumed),
             wandb_run_id=self.logger.wandb_run_id,
             world_size=torch.distributed.get_world_size(),
+            grad_norms=self.guard.norms,
         )
-        self.saver.save(metadata, training_state(self.model, self.optimizer, self.scheduler, pg_collection=self.groups))
