@@ -276,6 +276,7 @@ class Run:
 
     def _stop(self, why: str) -> NoReturn:
         """End the run because of a step that was not applied, with a checkpoint if there is anything worth keeping."""
+        self.pulse.enter("checkpoint", step=self.iteration)
         state = self._state()
         self.saver.max_failures = 0
         if state_is_finite(state):
