@@ -1,5 +1,6 @@
 """Which device and layer backend this process runs on, decided before megatron-core is imported."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -50,6 +51,12 @@ def transformer_engine_problem() -> str | None:
             del sys.modules[loaded]
         sys.modules[name] = None  # type: ignore[assignment]  # makes `import` raise ImportError
     return problem
+
+
+@cache
+def has_weight_gradient_kernel() -> bool:
+    """Whether apex's kernel is here that adds a weight's gradient to the gradient buffer in the product."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 @cache
