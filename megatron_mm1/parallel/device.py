@@ -56,6 +56,8 @@ def transformer_engine_problem() -> str | None:
 @cache
 def has_weight_gradient_kernel() -> bool:
     """Whether apex's kernel is here that adds a weight's gradient to the gradient buffer in the product."""
+    if not torch.cuda.is_available():  # the module is then ours, for layers that are told to use it
+        return False
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
