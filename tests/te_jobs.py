@@ -15,7 +15,8 @@ from megatron_mm1.parallel.context import local_positions
 from megatron_mm1.parallel.device import device
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
 from megatron_mm1.parity.batches import synthetic_batches
-from megatron_mm1.training.build import build_module, unwrap
+from megatron_mm1.training.build import build_model, build_module, unwrap
+from megatron_mm1.training.step import evaluate_batches
 
 _EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc[12]\.weight)$")
 
@@ -148,3 +149,18 @@ def use_of_layers(config: MM1Config, *, backward: bool = False) -> dict[str, Use
     }
     destroy_process_groups()
     return used
+
+
+def weights_renewed(config: MM1Config, *, passes: int) -> set[tuple[bool, ...]]:
+    """For the layers that keep an FP8 copy of their weights: whether each microbatch of some passes made it anew."""
+    groups = build_process_groups(config.parallel, seed=1)
+    model = build_model(config, backend="transformer_engine", pg_collection=groups)
+    renewed: dict[str, list[bool]] = {}
+    for name, module in unwrap(model[0]).named_modules():
+        if hasattr(module, "is_first_microbatch"):
+            seen = renewed.setdefault(name, [])
+            module.register_forward_pre_hook(lambda module, _, seen=seen: seen.append(module.is_first_microbatch))
+    for _ in range(passes):
+        evaluate_batches(config, model, synthetic_batches(config, "mixed"), pg_collection=groups)
+    destroy_process_groups()
+    return {tuple(seen) for seen in renewed.values()}

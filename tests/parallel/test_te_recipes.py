@@ -126,3 +126,12 @@ def test_weights_are_kept_in_fp8_in_the_decoders_fp8_layers_alone(te_pool, exper
         name: expected_recipe(name, fp8, num_blocks=num_blocks) if name.startswith("language_model") else None
         for name in products(used)
     }
+
+
+@pytest.mark.parametrize("case", ["tower alone", "experts alone", "decoder alone"])
+def test_fp8_copies_of_weights_are_made_anew_for_each_step(te_pool, case):
+    """megatron-core itself does so only where the decoder has a recipe: the others' would stay as they began."""
+    config = config_of("mm1-tiny-moe", fp8=CASES[case])
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=1))
+    (renewed,) = te_pool(1).run(te_jobs.weights_renewed, config, passes=2)
+    assert renewed == {(True, False, True, False)}
