@@ -14,7 +14,7 @@ from gpu_memory import GIB
 from gpu_peer import PeerModel
 from gpu_peer_attention import varlen
 from gpu_results import table
-from gpu_slices import MEMORY_LIMIT, Slice, Variant, decoder_flops, example_lengths, jobs, packed_batches
+from gpu_slices import MEMORY_LIMIT, Slice, Variant, example_lengths, jobs, packed_batches
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
@@ -27,7 +27,7 @@ from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.model.mm1 import MM1Model
 from megatron_mm1.model.router import ExpertsLayer
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups, initialize_process_group
-from megatron_mm1.planning.flops import vision_flops
+from megatron_mm1.planning.flops import decoder_flops, vision_flops
 from megatron_mm1.planning.parameters import count_parameters
 
 META = torch.device("meta")
@@ -142,7 +142,7 @@ def _check_flops(counter: FlopCounterMode, piece: Slice, *, segment_length: floa
     # Pixels have no gradient: planning counts the patch embedding twice, not three times.
     patch_embedding = 6 * num_patches(vision) * vision.patch_size**2 * vision.hidden_size
     images = piece.config.data.max_images_per_sequence
-    expected = decoder_flops(model, piece.config.data.seq_length, segment_length=segment_length)
+    expected = decoder_flops(model, seq_length=piece.config.data.seq_length, segment_length=segment_length)
     expected += images * (vision_flops(model) + patch_embedding)
     counted = 3 * counter.get_total_flops()
     if abs(counted - expected) > FLOPS_TOLERANCE * expected:

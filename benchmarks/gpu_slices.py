@@ -12,12 +12,12 @@ from itertools import product
 import torch
 from gpu_memory import GIB, MemoryEstimate, estimate
 
-from megatron_mm1.config import MM1Config, ModelConfig, ParallelConfig
+from megatron_mm1.config import MM1Config, ParallelConfig
 from megatron_mm1.config.presets import preset
 from megatron_mm1.config.schema import Fp8Config, Fp8Recipe
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.errors import UserError
-from megatron_mm1.planning.flops import decoder_block_flops, output_flops, tower_flops, vision_flops
+from megatron_mm1.planning.flops import decoder_flops, step_flops, tower_flops
 
 MEMORY_LIMIT = 72 * GIB
 EXPERT_PARALLEL_SIZE = 8
@@ -80,7 +80,9 @@ class Slice:
 
     def decoder_flops(self) -> float:
         """Model FLOPs of the decoder and its output layer on one microbatch, forward and backward."""
-        return decoder_flops(self.config.model, self.config.data.seq_length, segment_length=self.segment_length())
+        return decoder_flops(
+            self.config.model, seq_length=self.config.data.seq_length, segment_length=self.segment_length()
+        )
 
     def tower_flops(self) -> float:
         """Model FLOPs of the tower on one microbatch, forward and backward."""
@@ -88,22 +90,19 @@ class Slice:
 
     def step_flops(self) -> float:
         """Model FLOPs of one step: causal attention within examples, nothing recomputed, tower and connector in."""
-        vision = self.config.data.max_images_per_sequence * vision_flops(self.config.model)
-        return self.config.training.global_batch_size * (self.decoder_flops() + vision)
+        sequences = self.config.training.global_batch_size
+        return step_flops(
+            self.config.model,
+            seq_length=self.config.data.seq_length,
+            num_sequences=sequences,
+            num_images=sequences * self.config.data.max_images_per_sequence,
+            segment_length=self.segment_length(),
+        )
 
     def segment_length(self) -> float:
         """The length of examples that costs attention what those of `example_lengths` do, mean over positions."""
         lengths = example_lengths(self.config)
         return sum(length**2 for length in lengths) / sum(lengths)
-
-
-def decoder_flops(model: ModelConfig, seq_length: int, *, segment_length: float) -> float:
-    """Model FLOPs of all decoder blocks and the output layer on one sequence, forward and backward."""
-    blocks = range(model.decoder.num_layers)
-    return output_flops(model, seq_length=seq_length) + sum(
-        decoder_block_flops(model, seq_length=seq_length, block=block, segment_length=segment_length)
-        for block in blocks
-    )
 
 
 def cut(name: str, *, microbatches: int = 4, limit: int = MEMORY_LIMIT) -> Slice:

@@ -70,6 +70,14 @@ def vision_flops(model: ModelConfig) -> float:
     return tower_flops(model.vision) + _FORWARD_AND_BACKWARD * _connector_forward(model)
 
 
+def decoder_flops(model: ModelConfig, *, seq_length: int, segment_length: float | None = None) -> float:
+    """FLOPs of all decoder blocks and the output layer on one sequence, forward and backward."""
+    return output_flops(model, seq_length=seq_length) + sum(
+        decoder_block_flops(model, seq_length=seq_length, block=block, segment_length=segment_length)
+        for block in range(model.decoder.num_layers)
+    )
+
+
 def step_flops(
     model: ModelConfig,
     *,
@@ -79,11 +87,8 @@ def step_flops(
     segment_length: float | None = None,
 ) -> float:
     """FLOPs of one training step over `num_sequences` sequences that hold `num_images` images in all."""
-    blocks = sum(
-        decoder_block_flops(model, seq_length=seq_length, block=block, segment_length=segment_length)
-        for block in range(model.decoder.num_layers)
-    )
-    return num_sequences * (blocks + output_flops(model, seq_length=seq_length)) + num_images * vision_flops(model)
+    decoder = decoder_flops(model, seq_length=seq_length, segment_length=segment_length)
+    return num_sequences * decoder + num_images * vision_flops(model)
 
 
 def _connector_forward(model: ModelConfig) -> float:

@@ -1,7 +1,5 @@
 """Transformer Engine's attention over packed examples, and its parts for context parallelism, beside a dense mask."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -11,6 +9,7 @@ from torch import Tensor
 from megatron_mm1.data.batch import Boundaries
 from megatron_mm1.parallel.context import ChunkBoundaries, local_chunks, local_positions
 from megatron_mm1.parallel.device import device
+from tests.absent_ranks import Ranks
 from tests.gpu.comparison import BF16_ROUNDING, relative_error
 from tests.gpu.marks import TRANSFORMER_ENGINE
 
@@ -25,20 +24,6 @@ LENGTHS = {
 HEADS = {"head dim 64": (4, 4, 64), "grouped, 128": (8, 2, 128), "head dim 80": (4, 4, 80)}
 TOLERANCE = 8 * BF16_ROUNDING
 """bf16's probabilities and output, and in the gradients two more products of rounded numbers."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """A rank of a context-parallel group that is not there: all that cutting a sequence asks of it."""
-
-    index: int
-    count: int
-
-    def rank(self) -> int:
-        return self.index
-
-    def size(self) -> int:
-        return self.count
 
 
 def inputs(positions: int, heads: int, groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from megatron_mm1.config import DecoderConfig, ModelConfig, MoEConfig, VisionCon
 from megatron_mm1.config.presets import PRESETS, preset
 from megatron_mm1.data.batch import IGNORE
 from megatron_mm1.errors import UserError
-from megatron_mm1.planning.flops import step_flops
+from megatron_mm1.planning.flops import decoder_flops, step_flops
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DECODER = DecoderConfig(
@@ -134,7 +134,7 @@ def test_batches_are_packed_to_the_last_position(name: str, slices: Any) -> None
 def test_flops_are_those_of_causal_attention_within_examples(slices: Any) -> None:
     piece = slices.cut("mm1-7b", microbatches=3)
     config, lengths = piece.config, slices.example_lengths(piece.config)
-    by_example = sum(slices.decoder_flops(config.model, length, segment_length=length) for length in lengths)
+    by_example = sum(decoder_flops(config.model, seq_length=length) for length in lengths)
     assert piece.decoder_flops() == pytest.approx(by_example)
     assert piece.step_flops() == pytest.approx(
         step_flops(config.model, seq_length=4096, num_sequences=3, num_images=48, segment_length=piece.segment_length())
