@@ -79,7 +79,7 @@ class DotProductAttention(TransformerEngineBaseModule):
                 raise AssertionError(f"DotProductAttention does not support qkv_format {unknown}")
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, mask: str, arguments: SimpleNamespace) -> Tensor:
-        """[tokens, heads, head_dim]; rows after the last sequence are zeros."""
+        """[tokens, heads, head_dim]; rows after the last sequence, which not every kernel writes, are NaN."""
         assert query.dim() == 3, "Queries, keys and values must be 3D tensors when qkv_format = thd!"
         assert "padding" in mask, "Attention mask type must be padding or padding_causal for qkv_format=thd!"
         bounds = (arguments.cu_seqlens_q, arguments.cu_seqlens_kv)
@@ -99,7 +99,7 @@ class DotProductAttention(TransformerEngineBaseModule):
             strict=True,
         )
         outputs = [self._attend(*sequence, mask) for sequence in sequences if len(sequence[0])]
-        return torch.cat([*outputs, torch.zeros_like(query[count:])]).flatten(1)
+        return torch.cat([*outputs, torch.full_like(query[count:], float("nan"))]).flatten(1)
 
     def _batched(self, query: Tensor, key: Tensor, value: Tensor, mask: str) -> Tensor:
         """[batch, sequence, heads, head_dim]."""
