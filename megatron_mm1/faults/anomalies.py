@@ -79,10 +79,13 @@ class AnomalyDetector:
         return self._skips <= self._max_consecutive_skips
 
     def _nonfinite_step(self, loss: float, grad_norm: float) -> Anomaly | None:
-        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-            if not math.isfinite(value):
-                return Anomaly(what=f"the {name} is {value}", action=self._nonfinite, loss=loss, grad_norm=grad_norm)
-        return None
+        if not math.isfinite(loss):
+            what = f"the loss is {loss}"
+        elif not math.isfinite(grad_norm):
+            what = f"the gradient norm is {grad_norm}"
+        else:
+            return None
+        return Anomaly(what=what, action=self._nonfinite, loss=loss, grad_norm=grad_norm)
 
     def _spike_of(self, loss: float, grad_norm: float) -> Anomaly | None:
         if self._spike is None or len(self._norms) < self._window:
