@@ -6,7 +6,7 @@
 #   train OPTIONS..          `mm1 train` into $RUN_DIR, requeued until it is through
 set -euo pipefail
 
-# shellcheck source=examples/slurm/site.env
+# shellcheck source=/dev/null
 source examples/slurm/site.env
 if [[ -n ${MM1_SITE:-} ]]; then
   # shellcheck source=/dev/null
