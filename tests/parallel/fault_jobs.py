@@ -28,15 +28,15 @@ class FaultyRun(trainer.Run):
         super().__init__(config, **options)
 
     def step(self, window: Any, **options: Any) -> StepStatistics:
-        fault = self.faults.get(self.global_batch)
+        fault = self.faults.get(self.progress.global_batch)
         if fault == "absent":
             window.steps, window.seconds = window.steps + 1, 1.0
             return self._no_step()
         if fault == "weights":  # broken by this step, once, in one place of one rank
             statistics = super().step(window, **options)
-            del self.faults[self.global_batch - 1]
+            del self.faults[self.progress.global_batch - 1]
             if torch.distributed.get_rank() == 0:
-                next(self.model[0].parameters()).data.view(-1)[0] = torch.nan
+                next(self.progress.model[0].parameters()).data.view(-1)[0] = torch.nan
             return statistics
         with FAULTS[fault](self) if fault else no_fault(self):
             return super().step(window, **options)
@@ -45,9 +45,8 @@ class FaultyRun(trainer.Run):
         """The batch is gone and the schedule has moved on; nothing was computed."""
         for _ in range(self.num_microbatches):
             next(self.batches)
-        self.scheduler.step(increment=self.config.training.global_batch_size)
-        self.iteration += 1
-        self.consumed += self.config.training.global_batch_size
+        self.progress.scheduler.step(increment=self.config.training.global_batch_size)
+        self.progress.advance()
         return NOT_A_STEP
 
 
@@ -59,7 +58,7 @@ def no_fault(run: FaultyRun) -> Iterator[None]:
 @contextmanager
 def broken_images(run: FaultyRun) -> Iterator[None]:
     """On the last rank that encodes images."""
-    stage = unwrap(run.model[0])
+    stage = unwrap(run.progress.model[0])
     encode = stage.encode
     is_last = run.groups.dp.rank() == run.groups.dp.size() - 1
     stage.encode = lambda pixels: encode(pixels * torch.nan if is_last else pixels)
@@ -72,12 +71,12 @@ def broken_images(run: FaultyRun) -> Iterator[None]:
 @contextmanager
 def changed_gradients(run: FaultyRun, change: Callable[[torch.Tensor], Any]) -> Iterator[None]:
     """`change` is applied to the first gradient of the last rank, before gradients are reduced."""
-    config = unwrap(run.model[0]).config
+    config = unwrap(run.progress.model[0]).config
     finalize = config.finalize_model_grads_func
 
     def poisoned(*args: Any, **kwargs: Any) -> None:
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            change(next(run.model[0].parameters()).main_grad)
+            change(next(run.progress.model[0].parameters()).main_grad)
         finalize(*args, **kwargs)
 
     config.finalize_model_grads_func = poisoned
@@ -90,7 +89,7 @@ def changed_gradients(run: FaultyRun, change: Callable[[torch.Tensor], Any]) -> 
 @contextmanager
 def slow_images(run: FaultyRun) -> Iterator[None]:
     """On the last rank: its own work, for which the others wait in communication."""
-    stage = unwrap(run.model[0])
+    stage = unwrap(run.progress.model[0])
     encode = stage.encode
 
     def slow(pixels: torch.Tensor) -> torch.Tensor:
