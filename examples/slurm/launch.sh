@@ -106,9 +106,9 @@ through_signals() {
 
 newest_checkpoint() { cat "$RUN_DIR/checkpoints/latest" 2>/dev/null || echo none; }
 
-# How often this job has started from its newest checkpoint without getting to another one.
+# How often this job has started from its newest checkpoint, in vain if that is still the newest one when it ends.
 starts_from_newest() {
-  awk -v this="$SLURM_JOB_ID $(newest_checkpoint)" '{ n = $0 == this ? n + 1 : 0 } END { print n + 0 }' "$RUN_DIR/starts"
+  grep --count --line-regexp --fixed-strings "$SLURM_JOB_ID $(newest_checkpoint)" "$RUN_DIR/starts" || true
 }
 
 note_start() {

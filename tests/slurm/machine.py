@@ -15,7 +15,7 @@ _NEW_MACHINE = [
     *("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--uts", "--propagation", "private"),
 ]
 # The shell stays the first process: like any machine's, it takes on processes whose parents have ended.
-_BOOT = 'mount --bind "$1" /etc/hosts; hostname "$2"; trap "" TERM; eval "$3" & wait'
+_BOOT = 'mount --bind "$1" /etc/hosts; hostname "$2"; eval "$3" & wait'
 
 
 class Machine:
