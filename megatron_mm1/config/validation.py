@@ -289,12 +289,12 @@ def _fp8(config: MM1Config, world_size: int) -> Iterator[str]:
         yield "FP8 layers are Transformer Engine's, and training.layer_backend is local: use auto or transformer_engine"
     if config.model.moe is None and fp8.experts_recipe not in (None, "bf16"):
         yield f"fp8.experts_recipe {fp8.experts_recipe} needs experts: set model.moe, or leave it null"
-    if recipes["decoder"] == "bf16":
+    if recipes["decoder"] == "bf16" and fp8.fp8_param:
+        yield "fp8.fp8_param is about the decoder's FP8 layers, and fp8.decoder_recipe is bf16: leave it false"
+    if recipes["decoder"] == recipes["experts"] == "bf16":
         for name in ("bf16_blocks_at_start", "bf16_blocks_at_end"):
             if getattr(fp8, name):
                 yield f"fp8.{name} {getattr(fp8, name)} excepts blocks from fp8.decoder_recipe, which is bf16: use 0"
-        if fp8.fp8_param:
-            yield "fp8.fp8_param is about the decoder's FP8 layers, and fp8.decoder_recipe is bf16: leave it false"
     elif in_bf16 >= config.model.decoder.num_layers:
         yield (
             f"fp8.bf16_blocks_at_start + bf16_blocks_at_end {in_bf16} leave none of the decoder's "
@@ -303,6 +303,22 @@ def _fp8(config: MM1Config, world_size: int) -> Iterator[str]:
     if in_bf16 and "fp8_delayed" in (recipes["decoder"], recipes["experts"]):
         # Its scales are reduced over ranks once for all layers of a stage, on leaving the last of them.
         yield "bf16_blocks_at_start and bf16_blocks_at_end go with every FP8 recipe but fp8_delayed: use another, or 0"
+    if config.model.moe is not None and "fp8_delayed" == recipes["experts"] != recipes["decoder"]:
+        yield (
+            f"fp8.experts_recipe fp8_delayed within a decoder of {recipes['decoder']} would update its scales after "
+            "every layer instead of every pass: set fp8.decoder_recipe fp8_delayed as well, or another for experts"
+        )
+    if fp8.fp8_param and recipes["experts"] not in ("bf16", recipes["decoder"]):
+        yield (
+            f"fp8.fp8_param keeps weights as fp8.decoder_recipe {recipes['decoder']} reads them, and "
+            f"fp8.experts_recipe is {recipes['experts']}: use the same, or bf16"
+        )
+    stage = config.model.decoder.num_layers // config.parallel.pipeline_model_parallel_size
+    if max(fp8.bf16_blocks_at_start, fp8.bf16_blocks_at_end) > stage > 0:
+        yield (
+            f"fp8.bf16_blocks_at_start {fp8.bf16_blocks_at_start} and bf16_blocks_at_end {fp8.bf16_blocks_at_end} may "
+            f"be no more than an even share of the blocks for each pipeline rank, {stage}: use fewer"
+        )
     if fp8.fp8_param and not config.parallel.use_distributed_optimizer:
         yield (
             "fp8.fp8_param needs the float32 weights that parallel.use_distributed_optimizer keeps: set that true, or "
@@ -333,7 +349,7 @@ RULES = (
     Rule((), _mixture),
     Rule((), _optimizer),
     Rule(("optimizer.lr_", "training.train_iters"), _schedule),
-    Rule(("fp8", "model.decoder.num_layers"), _fp8),
+    Rule(("fp8", "model.decoder.num_layers", "parallel.pipeline"), _fp8),
     Rule((), _checkpoint),
 )
 

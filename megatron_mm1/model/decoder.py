@@ -9,9 +9,11 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from megatron_mm1.config import MM1Config, TrainingConfig
-from megatron_mm1.config.derived import padded_vocab_size
+from megatron_mm1.config import Fp8Config, MM1Config, TrainingConfig
+from megatron_mm1.config.derived import fp8_recipes, padded_vocab_size
+from megatron_mm1.model.precision import fp8_settings
 from megatron_mm1.model.specs import decoder_stack_spec
+from megatron_mm1.parallel.device import has_weight_gradient_kernel
 from megatron_mm1.parallel.stages import layer_pattern
 
 
@@ -44,6 +46,7 @@ def decoder_transformer_config(config: MM1Config, *, backend: str) -> Transforme
             # to have all its experts instead of counting.
             moe_expert_capacity_factor=moe.moe_expert_capacity_factor or math.inf,
             moe_grouped_gemm=transformer_engine,
+            moe_permute_fusion=transformer_engine,
             # Until training/step.py sets it. megatron-core keeps the shape of the first scale that a process sees, and
             # its own default is no scalar.
             moe_grad_scale_func=lambda: torch.ones(()),
@@ -86,7 +89,7 @@ def decoder_transformer_config(config: MM1Config, *, backend: str) -> Transforme
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
         # apex alone has the kernel; docs/install.md. On the CPU training/accumulation.py switches ours on.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=transformer_engine and has_weight_gradient_kernel(),
         bias_activation_fusion=transformer_engine,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -94,8 +97,20 @@ def decoder_transformer_config(config: MM1Config, *, backend: str) -> Transforme
         apply_rope_fusion=transformer_engine or not torch.cuda.is_available(),  # parallel/cpu_kernels.py has one
         variable_seq_lengths=False,
         **_recomputation(config.training),
+        **(_fp8(config.fp8) if transformer_engine else {}),
         **experts,
     )
+
+
+def _fp8(fp8: Fp8Config) -> dict[str, Any]:
+    settings = fp8_settings(fp8.decoder_recipe)
+    if fp8.bf16_blocks_at_start or fp8.bf16_blocks_at_end:
+        settings |= dict(
+            first_last_layers_bf16=True,
+            num_layers_at_start_in_bf16=2 * fp8.bf16_blocks_at_start,  # attention and feed-forward count apart
+            num_layers_at_end_in_bf16=2 * fp8.bf16_blocks_at_end,
+        )
+    return settings | dict(fp8_param=fp8.fp8_param)
 
 
 def _recomputation(training: TrainingConfig) -> dict[str, Any]:
@@ -130,7 +145,10 @@ def build_decoder(
     model = HybridModel(
         transformer_config,
         decoder_stack_spec(
-            backend, qk_layernorm=decoder.qk_layernorm, context_parallel=config.parallel.context_parallel_size > 1
+            backend,
+            qk_layernorm=decoder.qk_layernorm,
+            context_parallel=config.parallel.context_parallel_size > 1,
+            experts_recipe=fp8_recipes(config.fp8)["experts"],
         ),
         vocab_size=padded_vocab_size(decoder.vocab_size, config.parallel.tensor_model_parallel_size),
         max_sequence_length=config.data.seq_length,

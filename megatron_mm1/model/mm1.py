@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from torch.distributed import ProcessGroup
 from megatron_mm1.config import MM1Config
 from megatron_mm1.data.batch import ImageGroup, PackedBatch
 from megatron_mm1.model.attention import segment_mask
-from megatron_mm1.model.connectors import build_connector
+from megatron_mm1.model.connectors import Linear, build_connector
 from megatron_mm1.model.decoder import build_decoder, decoder_transformer_config
+from megatron_mm1.model.precision import input_row_multiple, multiplying, with_recipe
 from megatron_mm1.model.router import IMAGE, PADDING, TEXT, Router
 from megatron_mm1.model.vision import build_tower, vision_layer_spec, vision_transformer_config
 from megatron_mm1.parallel.context import ChunkBoundaries, local_chunks, local_positions
@@ -92,18 +95,28 @@ class MM1Model(MegatronModule):
                 parallel=config.parallel,
                 precision=config.training.precision,
                 recompute=config.training.vision_recompute,
+                fp8_recipe=config.fp8.tower_recipe,
             ),
             layer_spec=vision_layer_spec(self.backend),
             pg_collection=groups,
         )
         if self.vision_group is not None:
             mark_replicated(self._parameters_of("tower"))
+        self.connector_config = with_recipe(self.config, config.fp8.connector_recipe)
         self.connector = build_connector(
             config.model.connector,
             vision_hidden_size=self.tower.hidden_size,
             hidden_size=config.model.decoder.hidden_size,
             grid=self.tower.grid(vision.image_size, vision.image_size),
+            linear=self._connector_linear(),
         )
+
+    def _connector_linear(self) -> Linear:
+        if self.backend == "local":
+            return torch.nn.Linear
+        from megatron_mm1.model.te_linear import PaddedLinear
+
+        return partial(PaddedLinear, row_multiple=input_row_multiple(self.connector_config))
 
     def _freeze(self, components: Sequence[str]) -> None:
         """Take components out of training: they are then in no graph, gradient buffer or optimizer."""
@@ -130,7 +143,9 @@ class MM1Model(MegatronModule):
         if self.vision_group is not None:
             start, stop = share_of(num_images, self.vision_group)
             pixels = pixels[start:stop]
-        tokens = self.connector(self.tower(pixels), self.tower.grid(*pixels.shape[-2:]))
+        features = self.tower(pixels)
+        with nullcontext() if self.backend == "local" else multiplying(self.connector_config):
+            tokens = self.connector(features, self.tower.grid(*pixels.shape[-2:]))
         if self.vision_group is None:
             return tokens
         return gather_images(tokens, num_images, self.vision_group, context_group=self.pg_collection.cp)

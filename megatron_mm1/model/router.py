@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
@@ -13,13 +14,24 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_mm1.config.schema import Fp8Recipe
+from megatron_mm1.model.precision import multiplying, with_recipe
+
 MODALITIES = ("text", "image")
 TEXT, IMAGE, PADDING = range(3)
 """Kinds of positions."""
 
 
 class ExpertsLayer(MoELayer):
-    """megatron-core's layer of experts, told the kind of each position where megatron-core tells only padding."""
+    """megatron-core's layer of experts, told the kind of each position where megatron-core tells only padding.
+
+    Args:
+        recipe: how the experts' linear layers multiply; None where no backend has a choice.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, recipe: Fp8Recipe | None = None, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.expert_config = None if recipe is None else with_recipe(config, recipe)
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None
@@ -29,6 +41,14 @@ class ExpertsLayer(MoELayer):
             self.router.kinds = padding_mask.transpose(0, 1).flatten()
             padding_mask = padding_mask == PADDING
         return super().forward(hidden_states, intermediate_tensors, padding_mask)
+
+    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the experts of this rank make of the tokens sent to them, as in megatron-core."""
+        if self.expert_config is None:
+            return super().routed_experts_compute(hidden_states, probs)
+        assert self.layer_number is not None
+        with multiplying(self.expert_config, layer=self.layer_number - 1):
+            return super().routed_experts_compute(hidden_states, probs)
 
 
 class Router(TopKRouter):

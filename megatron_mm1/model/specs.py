@@ -29,9 +29,11 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_mm1.config.schema import Fp8Recipe
 from megatron_mm1.model.activations import SwiGLU
 from megatron_mm1.model.attention import LocalAttention
 from megatron_mm1.model.norms import LocalNorm
+from megatron_mm1.model.precision import making_weights, with_recipe
 from megatron_mm1.model.router import ExpertsLayer, Router
 
 
@@ -94,13 +96,16 @@ def _modules(backend: str, *, context_parallel: bool) -> _Modules:
     )
 
 
-def decoder_stack_spec(backend: str, *, qk_layernorm: bool, context_parallel: bool = False) -> ModuleSpec:
+def decoder_stack_spec(
+    backend: str, *, qk_layernorm: bool, context_parallel: bool = False, experts_recipe: Fp8Recipe = "bf16"
+) -> ModuleSpec:
     """The decoder's stack: one layer spec per symbol of the layer pattern (`*` attention, `-` dense FFN, `E` experts).
 
     Args:
         backend: "transformer_engine" or "local".
         qk_layernorm: normalise queries and keys per head.
         context_parallel: ranks share the positions of a sequence.
+        experts_recipe: how experts multiply, with Transformer Engine.
     """
     modules = _modules(backend, context_parallel=context_parallel)
     norm = IdentityOp if modules.fused_norm else modules.norm
@@ -129,7 +134,7 @@ def decoder_stack_spec(backend: str, *, qk_layernorm: bool, context_parallel: bo
     )
     moe_layer = TransformerLayerSubmodules(
         pre_mlp_layernorm=modules.norm,  # several linear layers follow it, so it is never fused
-        mlp=_experts_spec(use_te=backend == "transformer_engine"),
+        mlp=_experts_spec(recipe=experts_recipe if backend == "transformer_engine" else None),
         mlp_bda=get_bias_dropout_add,
     )
     return ModuleSpec(
@@ -142,15 +147,31 @@ def decoder_stack_spec(backend: str, *, qk_layernorm: bool, context_parallel: bo
     )
 
 
-def _experts_spec(*, use_te: bool) -> MlpBuilder:
-    """megatron-core's experts with our router; their number comes from the configuration."""
-    layer = get_moe_module_spec(use_te=use_te, num_experts=1, moe_grouped_gemm=use_te)
+def _experts_spec(*, recipe: Fp8Recipe | None) -> MlpBuilder:
+    """megatron-core's experts with our router; their number comes from the configuration.
+
+    Args:
+        recipe: of Transformer Engine's experts; None: the local ones.
+    """
+    layer = get_moe_module_spec(use_te=recipe is not None, num_experts=1, moe_grouped_gemm=recipe is not None)
     submodules = layer.keywords["submodules"]
     build = submodules.experts
-    if not use_te:
+    if recipe is None:
         build = partial(build, submodules=dataclasses.replace(build.keywords["submodules"], activation_func=SwiGLU))
+    else:
+        build = partial(_experts_of_recipe, build, recipe)
     experts = partial(_distinct_experts, build)
-    return partial(ExpertsLayer, submodules=dataclasses.replace(submodules, router=Router, experts=experts))
+    replaced = dataclasses.replace(submodules, router=Router, experts=experts)
+    return partial(ExpertsLayer, submodules=replaced, recipe=recipe)
+
+
+def _experts_of_recipe(
+    build: Any, recipe: Fp8Recipe, num_local_experts: int, config: TransformerConfig, **kwargs: Any
+) -> Any:
+    """Experts whose configuration says how they multiply, and not how the layers around them do."""
+    config = with_recipe(config, recipe)
+    with making_weights(config):
+        return build(num_local_experts, config, **kwargs)
 
 
 def _distinct_experts(build: Any, *args: Any, pg_collection: ProcessGroupCollection, **kwargs: Any) -> Any:
@@ -159,7 +180,7 @@ def _distinct_experts(build: Any, *args: Any, pg_collection: ProcessGroupCollect
     On a CPU megatron-core draws them from the generator that all ranks share, which would make each rank's experts
     copies of the first rank's. On a GPU it has a generator for experts, which this leaves alone.
     """
-    seed = int(torch.randint(2**31, ()))  # the same on every rank, another for every layer
+    seed = int(torch.randint(2**31, (), device="cpu"))  # the same on every rank, another for every layer
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed + pg_collection.ep.rank())
     experts = build(*args, pg_collection=pg_collection, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core.activations import quick_gelu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -23,12 +24,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_mm1.config.derived import num_vision_blocks
-from megatron_mm1.config.schema import ParallelConfig, VisionConfig
+from megatron_mm1.config.schema import Fp8Recipe, ParallelConfig, VisionConfig
 from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.extension import resolve
 from megatron_mm1.model.attention import LocalAttention
 from megatron_mm1.model.norms import LocalNorm
 from megatron_mm1.model.positions import interpolate_positions
+from megatron_mm1.model.precision import fp8_settings, input_row_multiple
 from megatron_mm1.parallel.device import device
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -49,7 +51,12 @@ INIT_STD = 0.02
 
 
 def vision_transformer_config(
-    vision: VisionConfig, *, parallel: ParallelConfig, precision: str, recompute: bool = False
+    vision: VisionConfig,
+    *,
+    parallel: ParallelConfig,
+    precision: str,
+    recompute: bool = False,
+    fp8_recipe: Fp8Recipe = "bf16",
 ) -> TransformerConfig:
     """megatron-core's configuration of the tower.
 
@@ -60,6 +67,7 @@ def vision_transformer_config(
     Args:
         precision: "bf16" or "fp32", of parameters and activations.
         recompute: keep only the input of each block for the backward pass.
+        fp8_recipe: how linear layers multiply, with Transformer Engine.
 
     Raises:
         ConfigError: `feature_layer` names no block.
@@ -103,6 +111,7 @@ def vision_transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         **recomputation,
+        **fp8_settings(fp8_recipe),
     )
 
 
@@ -268,11 +277,39 @@ class VisionTower(MegatronModule):
         )
         if self.pre_layernorm is not None:
             hidden_states = self.pre_layernorm(hidden_states)
-        hidden_states = self.encoder(hidden_states.transpose(0, 1).contiguous(), attention_mask=None)  # [s, N, C]
-        features = hidden_states[prefix:].transpose(0, 1)
+        features = self._blocks(hidden_states)[:, prefix:]
         if self.final_layernorm is not None:
             features = self.final_layernorm(features)
         return features.contiguous()
+
+    def _blocks(self, hidden_states: Tensor) -> Tensor:
+        """[N, tokens, C] -> the same."""
+        multiple = input_row_multiple(self.config)
+        if multiple == 1:
+            return self.encoder(hidden_states.transpose(0, 1).contiguous(), attention_mask=None).transpose(0, 1)
+        # FP8 products want more round numbers of rows than images have tokens (730): all images make one packed
+        # sequence, with rows of zeros at its end for an example of their own.
+        rows = hidden_states.flatten(0, 1)
+        sequence = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % multiple))
+        images, tokens, _ = hidden_states.shape
+        output = self.encoder(
+            sequence.unsqueeze(1),
+            attention_mask=None,
+            packed_seq_params=_boundaries(images, tokens, len(sequence), device=sequence.device),
+        )
+        return output.squeeze(1)[: len(rows)].view(hidden_states.shape)
+
+
+def _boundaries(images: int, tokens: int, length: int, *, device: torch.device) -> PackedSeqParams:
+    """Where each image's tokens begin in a packed sequence, and what is left of its `length` positions."""
+    starts = torch.arange(images + 1, dtype=torch.int32, device=device) * tokens
+    padding = length - images * tokens
+    if padding:
+        starts = torch.nn.functional.pad(starts, (0, 1), value=length)
+    longest = max(tokens, padding)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 TOWERS: Mapping[str, Any] = {"vit": VisionTower}

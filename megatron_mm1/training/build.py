@@ -70,6 +70,7 @@ def build_model(config: MM1Config, *, backend: str, pg_collection: ProcessGroupC
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=config.parallel.use_distributed_optimizer,
                 overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+                fp8_param_gather=config.fp8.fp8_param,
             ),
             module,
             disable_bucketing=vp_stage > 0,  # small next to the first stage's, and reduced in one piece
@@ -122,6 +123,7 @@ def build_optimizer(
         bf16=training.precision == "bf16",
         params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        fp8_recipe=unwrap(model[0]).config.fp8_recipe if config.fp8.fp8_param else None,
     )
     overrides = get_standard_config_overrides(megatron_config)
     for component, lr in {"tower": settings.vision_lr, "connector": settings.connector_lr}.items():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -78,9 +79,12 @@ def built(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[ShardedTensor
 
 def parts_of(parameter: torch.nn.Parameter, entry: ShardedTensor | ShardedTensorFactory) -> Iterator[Part]:
     """The blocks of whole tensors that a parameter consists of."""
-    for piece in built(replace(entry, data=parameter.detach())):
+    whole = parameter.detach()
+    if is_float8tensor(whole):  # its memory holds no row of numbers that could be cut; places in one are the same
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    for piece in built(replace(entry, data=whole)):
         data = piece.data
-        start = (data.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+        start = (data.data_ptr() - whole.data_ptr()) // whole.element_size()
         if not (data.is_contiguous() and 0 <= start <= parameter.numel() - data.numel()):
             raise RuntimeError(
                 f"megatron-core describes {piece.key} as a copy or a strided view of its parameter, so there is no "

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.derived import uses_fp8
 from megatron_mm1.data.batch import IGNORE, PackedBatch
 from megatron_mm1.parallel.context import local_positions
 from megatron_mm1.parallel.device import device
@@ -150,6 +151,8 @@ def run_batches(
     """megatron-core's pipeline schedule over the microbatches; gradients end up reduced and divided by the trained
     tokens.
     """
+    if uses_fp8(config.fp8):
+        _renew_fp8_weights(model)
     num_sources = max(len(config.data.sources), len(config.data.validation), 1)
     rows, seq_length = batches[0].tokens.shape
     pp_size = pg_collection.pp.size()
@@ -169,6 +172,16 @@ def run_batches(
         pg_collection=pg_collection,
     )
     return _global_statistics(outputs, num_sources, pg_collection)
+
+
+def _renew_fp8_weights(model: Model) -> None:
+    """Layers that multiply in FP8 keep a copy of their weights from one microbatch to the next: make the coming one
+    renew it. megatron-core's schedules do so where the decoder is in FP8, and not where the tower or the experts are.
+    """
+    for chunk in model:
+        for module in chunk.modules():
+            if hasattr(module, "is_first_microbatch"):
+                module.is_first_microbatch = True
 
 
 def _forward_step(
@@ -223,7 +236,7 @@ def _scale_router_losses(model: Model, batches: Sequence[PackedBatch], pg_collec
     counts = torch.zeros(2, dtype=torch.float32)
     for batch in batches:
         counts += torch.stack([(batch.labels != IGNORE).sum(), (batch.segment_ids != 0).sum()])
-    counts = counts.to(device())
+    counts = counts.to(device(), non_blocking=True)
     torch.distributed.all_reduce(counts, group=pg_collection.dp_cp)
     # Only the first and last stage know which images could not be decoded, and so which examples are not trained.
     torch.distributed.broadcast(counts, group_src=pg_collection.pp.size() - 1, group=pg_collection.pp)

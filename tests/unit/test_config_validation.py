@@ -9,6 +9,7 @@ from megatron_mm1.config.validation import MINIMUM, validate
 from megatron_mm1.errors import ConfigError
 
 BF16 = "--precision bf16"
+ZERO = "--use_distributed_optimizer"
 TP = "--tensor_model_parallel_size"
 PP = "--pipeline_model_parallel_size"
 EP = "--expert_model_parallel_size"
@@ -331,6 +332,24 @@ BROKEN = [
         f"{BF16} --decoder_recipe fp8_tensorwise --fp8_param",
         "fp8.fp8_param needs the float32 weights that parallel.use_distributed_optimizer keeps",
     ),
+    (
+        "mm1-tiny-moe",
+        2,
+        f"{BF16} --experts_recipe fp8_delayed",
+        "fp8.experts_recipe fp8_delayed within a decoder of bf16 would update its scales after every layer",
+    ),
+    (
+        "mm1-tiny-moe",
+        2,
+        f"{BF16} {ZERO} --decoder_recipe fp8_tensorwise --experts_recipe fp8_blockwise --fp8_param",
+        "fp8.fp8_param keeps weights as fp8.decoder_recipe fp8_tensorwise reads them, and fp8.experts_recipe is fp8_b",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        f"{BF16} --decoder_recipe fp8_tensorwise --bf16_blocks_at_end 3 {TP} 1 {PP} 2",
+        "fp8.bf16_blocks_at_start 0 and bf16_blocks_at_end 3 may be no more than an even share of the blocks",
+    ),
 ]
 
 
@@ -414,7 +433,12 @@ LEGAL = [
     ),
     ("mm1-tiny", 2, f"{BF16} --decoder_recipe fp8_tensorwise --bf16_blocks_at_start 1 --bf16_blocks_at_end 1"),
     ("mm1-tiny", 2, f"{BF16} --decoder_recipe fp8_delayed --fp8_param --use_distributed_optimizer"),
-    ("mm1-tiny-moe", 2, f"{BF16} --experts_recipe fp8_delayed"),
+    ("mm1-tiny-moe", 2, f"{BF16} --experts_recipe fp8_tensorwise --bf16_blocks_at_start 1"),
+    (
+        "mm1-tiny-moe",
+        2,
+        f"{BF16} --decoder_recipe fp8_delayed --experts_recipe fp8_blockwise --tower_recipe fp8_delayed",
+    ),
     ("mm1-tiny", 2, "--feature_layer -2 --final_layernorm false"),
     ("mm1-tiny", 2, "--data.sources []"),
     ("mm1-tiny", 2, "--eval_interval 0 --save_interval 0 --clip_grad 0 --weight_decay 0 --lr_warmup_iters 0"),

@@ -10,12 +10,14 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_mm1.config.schema import ConnectorConfig
 from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.extension import resolve
 from megatron_mm1.model.connectors.c_abstractor import CAbstractor
+from megatron_mm1.model.connectors.linear import Linear
 from megatron_mm1.model.connectors.mlp import MLPConnector
 from megatron_mm1.model.connectors.pooling import AttentionPool, AveragePool
 
@@ -61,9 +63,17 @@ CONNECTORS: Mapping[str, Any] = {
 
 
 def build_connector(
-    config: ConnectorConfig, *, vision_hidden_size: int, hidden_size: int, grid: tuple[int, int]
+    config: ConnectorConfig,
+    *,
+    vision_hidden_size: int,
+    hidden_size: int,
+    grid: tuple[int, int],
+    linear: Linear = torch.nn.Linear,
 ) -> Connector:
     """The connector `config.connector` names: built-in, or a class of the user's own that offers what `Connector` says.
+
+    Args:
+        linear: what the built-in ones make their linear layers with.
 
     Raises:
         UserError: there is no such connector, or it does not take these options.
@@ -78,6 +88,8 @@ def build_connector(
             ]
         )
     arguments = {"vision_hidden_size": vision_hidden_size, "hidden_size": hidden_size, "grid": grid, **config.options}
+    if config.connector in CONNECTORS:
+        arguments["linear"] = linear
     try:
         inspect.signature(connector).bind(config, **arguments)
     except TypeError as error:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_mm1.config.schema import ConnectorConfig
+from megatron_mm1.model.connectors.linear import Linear
 from megatron_mm1.model.connectors.pooling import pool_grid, token_side
 from megatron_mm1.model.positions import interpolate_positions
 
@@ -71,7 +72,13 @@ class CAbstractor(torch.nn.Module):
     """
 
     def __init__(
-        self, config: ConnectorConfig, *, vision_hidden_size: int, hidden_size: int, grid: tuple[int, int]
+        self,
+        config: ConnectorConfig,
+        *,
+        vision_hidden_size: int,
+        hidden_size: int,
+        grid: tuple[int, int],
+        linear: Linear = torch.nn.Linear,
     ) -> None:
         super().__init__()
         self.side = token_side(config)
@@ -82,7 +89,7 @@ class CAbstractor(torch.nn.Module):
         self.stage1 = regnet_stage(vision_hidden_size, width, depth=config.num_layers)
         self.stage2 = regnet_stage(width, width, depth=config.num_layers)
         self.readout = torch.nn.Sequential(
-            torch.nn.Linear(width, hidden_size), torch.nn.SiLU(), torch.nn.Linear(hidden_size, hidden_size)
+            linear(width, hidden_size), torch.nn.SiLU(), linear(hidden_size, hidden_size)
         )
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:

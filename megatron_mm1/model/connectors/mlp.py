@@ -5,13 +5,20 @@ from torch import Tensor
 
 from megatron_mm1.config.schema import ConnectorConfig
 from megatron_mm1.errors import ConfigError, UserError
+from megatron_mm1.model.connectors.linear import Linear
 
 
 class MLPConnector(torch.nn.Module):
     """Linear, GELU, Linear, both `hidden_size` wide: one token per patch (LLaVA-1.5; not one of MM1's)."""
 
     def __init__(
-        self, config: ConnectorConfig, *, vision_hidden_size: int, hidden_size: int, grid: tuple[int, int]
+        self,
+        config: ConnectorConfig,
+        *,
+        vision_hidden_size: int,
+        hidden_size: int,
+        grid: tuple[int, int],
+        linear: Linear = torch.nn.Linear,
     ) -> None:
         super().__init__()
         rows, columns = grid
@@ -23,8 +30,8 @@ class MLPConnector(torch.nn.Module):
                 ]
             )
         self.tokens_per_image = config.tokens_per_image
-        self.linear_1 = torch.nn.Linear(vision_hidden_size, hidden_size)
-        self.linear_2 = torch.nn.Linear(hidden_size, hidden_size)
+        self.linear_1 = linear(vision_hidden_size, hidden_size)
+        self.linear_2 = linear(hidden_size, hidden_size)
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """[N, h * w, C] -> [N, h * w, hidden_size].

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_mm1.config.schema import ConnectorConfig
 from megatron_mm1.errors import ConfigError
+from megatron_mm1.model.connectors.linear import Linear
 
 
 def token_side(config: ConnectorConfig) -> int:
@@ -35,11 +36,17 @@ class AveragePool(torch.nn.Module):
     """Average pooling to n x n tokens, then a linear layer [P]; adaptive, so that 27 x 27 patches become 12 x 12."""
 
     def __init__(
-        self, config: ConnectorConfig, *, vision_hidden_size: int, hidden_size: int, grid: tuple[int, int]
+        self,
+        config: ConnectorConfig,
+        *,
+        vision_hidden_size: int,
+        hidden_size: int,
+        grid: tuple[int, int],
+        linear: Linear = torch.nn.Linear,
     ) -> None:
         super().__init__()
         self.side = token_side(config)
-        self.projection = torch.nn.Linear(vision_hidden_size, hidden_size)
+        self.projection = linear(vision_hidden_size, hidden_size)
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """[N, h * w, C] -> [N, tokens_per_image, hidden_size]."""
@@ -55,7 +62,13 @@ class AttentionPool(torch.nn.Module):
     """
 
     def __init__(
-        self, config: ConnectorConfig, *, vision_hidden_size: int, hidden_size: int, grid: tuple[int, int]
+        self,
+        config: ConnectorConfig,
+        *,
+        vision_hidden_size: int,
+        hidden_size: int,
+        grid: tuple[int, int],
+        linear: Linear = torch.nn.Linear,
     ) -> None:
         super().__init__()
         width, heads = config.hidden_size, config.num_attention_heads
@@ -72,7 +85,7 @@ class AttentionPool(torch.nn.Module):
         self.attention = torch.nn.MultiheadAttention(
             width, heads, kdim=vision_hidden_size, vdim=vision_hidden_size, batch_first=True
         )
-        self.projection = torch.nn.Linear(width, hidden_size)
+        self.projection = linear(width, hidden_size)
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """[N, h * w, C] -> [N, tokens_per_image, hidden_size]."""
