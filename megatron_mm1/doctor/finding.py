@@ -108,7 +108,7 @@ def run_probes(probes: Mapping[str, Probe], settings: Settings) -> list[Finding]
     threads = [threading.Thread(target=run, args=item, daemon=True) for item in probes.items()]
     for thread in threads:
         thread.start()
-    limit = 2 * settings.timeout_seconds  # no probe asks more than two things that can hang
+    limit = 5 * settings.timeout_seconds  # no probe asks more than four things that can hang
     for thread in threads:
         thread.join(timeout=limit)
     findings: list[Finding] = []

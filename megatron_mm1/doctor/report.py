@@ -14,10 +14,7 @@ from megatron_mm1.doctor.verdict import Purpose, Verdict, judge
 PROBES: Mapping[str, Probe] = {
     "GPU": gpu.probe_gpus,
     "PyTorch": libraries.probe_torch,
-    "megatron-core": libraries.probe_megatron_core,
     "DALI": libraries.probe_dali,
-    "Transformer Engine": libraries.probe_transformer_engine,
-    "apex": libraries.probe_apex,
     "CPU cores": machine.probe_processors,
     "memory": machine.probe_memory,
     "/dev/shm": machine.probe_shared_memory,

@@ -112,7 +112,7 @@ def test_a_probe_that_raises_or_hangs_is_its_own_line(settings: Settings) -> Non
         time.sleep(30)
         return []
 
-    hasty = Settings(run_dir=settings.run_dir, corpus=settings.corpus, timeout_seconds=0.5)
+    hasty = Settings(run_dir=settings.run_dir, corpus=settings.corpus, timeout_seconds=0.2)
     findings = run_probes({"one": raises, "two": hangs, "memory": machine.probe_memory}, hasty)
     assert [(f.name, f.state) for f in findings] == [("one", "failed"), ("two", "failed"), ("memory", "ok")]
     assert [f.found for f in findings[:2]] == ["RuntimeError: boom", "no answer within 1 s"]
@@ -127,50 +127,76 @@ def python_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_libraries_of_this_environment_are_found(settings: Settings) -> None:
-    """Against what the packages themselves say."""
-    from importlib.metadata import version
+STUB_TORCH = """
+import types
+__version__ = "2.11.0"
+cuda = types.SimpleNamespace(is_available=lambda: False)
+distributed = types.SimpleNamespace(
+    is_available=lambda: True, is_nccl_available=lambda: False, is_gloo_available=lambda: True
+)
+version = types.SimpleNamespace(cuda=None)
+"""
+APEX = "fused_weight_gradient_mlp_cuda"
 
-    torch, *parts = libraries.probe_torch(settings)
-    assert torch.works and torch.facts["version"].split("+")[0] == version("torch").split("+")[0]
-    assert [part.name for part in parts] == ["cuDNN", "NCCL", "gloo"] and parts[-1].works
-    assert only(libraries.probe_dali(settings)).found == version("nvidia-dali-cuda130")
-    assert only(libraries.probe_megatron_core(settings)).found.startswith(version("megatron-core"))
+
+def hide(folder: Path, module: str) -> None:
+    """Makes a module look as if it were not installed."""
+    (folder / "sitecustomize.py").write_text(
+        "import importlib.machinery as m\n"
+        "find = m.PathFinder.find_spec\n"
+        "m.PathFinder.find_spec = classmethod(lambda cls, name, path=None, target=None:"
+        f" None if name == {module!r} else find(name, path, target))\n"
+    )
 
 
 def test_a_missing_library_says_how_to_add_it(python_path: Path, settings: Settings) -> None:
-    (python_path / "sitecustomize.py").write_text(
-        "import importlib.machinery as m, sys\n"
-        "class Hide(m.PathFinder):\n"
-        "    @classmethod\n"
-        "    def find_spec(cls, name, path=None, target=None):\n"
-        "        if name == 'nvidia.dali': raise ModuleNotFoundError(name)\n"
-        "find = m.PathFinder.find_spec\n"
-        "m.PathFinder.find_spec = classmethod(lambda cls, name, path=None, target=None:"
-        " None if name == 'nvidia.dali' else find(name, path, target))\n"
-    )
+    hide(python_path, "nvidia.dali")
     finding = only(libraries.probe_dali(settings))
     assert (finding.state, finding.found) == (State.MISSING, "not installed")
     assert "images cannot be read" in finding.costs and "pip install nvidia-dali-cuda130" in finding.fix
+
+
+def test_without_torch_nothing_that_needs_it_works(python_path: Path, settings: Settings) -> None:
+    hide(python_path, "torch")
+    found = {finding.name: finding for finding in libraries.probe_torch(settings)}
+    assert found["PyTorch"].state is State.MISSING
+    assert found["megatron-core"].found == "ModuleNotFoundError: No module named 'torch'"
 
 
 @pytest.mark.parametrize(
     ("body", "says"),
     [
         ("raise OSError('libcuda.so.1: cannot open shared object file')", "OSError: libcuda.so.1: cannot open"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV"),
-        ("import time; time.sleep(60)", "did not answer within 2 s"),
-        ("import os; os._exit(0)", "printed no answer"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "its import was ended by SIGSEGV"),
+        ("import time; time.sleep(60)", "its import did not end within 2 s"),
+        ("import os; os._exit(0)", "its import ended the process with exit code 0"),
     ],
     ids=["raises", "crashes", "hangs", "ends"],
 )
-def test_a_broken_library_is_a_line(python_path: Path, settings: Settings, body: str, says: str) -> None:
-    (python_path / "fused_weight_gradient_mlp_cuda.py").write_text(body)
-    (python_path / "torch.py").write_text("")  # whose import takes longer than the limit of this test
-    hasty = Settings(run_dir=settings.run_dir, corpus=settings.corpus, timeout_seconds=2 if "sleep" in body else 60)
-    finding = only(libraries.probe_apex(hasty))
-    assert finding.state is State.FAILED and says in finding.found
-    assert "gradient_accumulation_fusion" in finding.costs
+def test_a_broken_library_is_a_line_and_the_next_is_imported(python_path: Path, body: str, says: str) -> None:
+    (python_path / "torch.py").write_text(STUB_TORCH)
+    (python_path / f"{APEX}.py").write_text(f"print('not an answer')\n{body}")
+    hide(python_path, "transformer_engine")
+    torch, apex, engine = libraries.ask(["torch", APEX, "transformer_engine"], timeout_seconds=2)
+    assert torch["facts"]["version"] == "2.11.0"
+    assert apex["installed"] and apex["problem"].startswith(says)
+    assert engine == {"installed": False}
+
+
+def test_the_first_library_that_hangs_takes_one_limit_alone(python_path: Path) -> None:
+    (python_path / "torch.py").write_text("import time; time.sleep(60)")
+    start = time.monotonic()
+    answers = libraries.ask(["torch", APEX, "megatron.core"], timeout_seconds=2)
+    assert time.monotonic() - start < 4
+    assert [answer["problem"] for answer in answers] == ["its import did not end within 2 s", *["needs torch"] * 2]
+
+
+def test_parts_that_a_build_of_torch_lacks(python_path: Path, settings: Settings) -> None:
+    (python_path / "torch.py").write_text(STUB_TORCH)
+    found = {finding.name: finding for finding in libraries.probe_torch(settings)}
+    assert found["PyTorch"].found == "2.11.0, built for the CPU; CUDA devices: 0"
+    assert (found["NCCL"].state, found["cuDNN"].state, found["gloo"].state) == ("missing", "missing", "ok")
+    assert found["megatron-core"].state is State.FAILED  # it needs more of torch than that
 
 
 @pytest.fixture
@@ -254,7 +280,7 @@ def test_the_demo_corpus(commands: Path, settings: Settings) -> None:
 
 def findings(*absent: str, **facts: object) -> list[Finding]:
     """A machine on which everything works but what is named."""
-    names = [*PROBES, "gloo", "NCCL"]
+    names = [*PROBES, "gloo", "NCCL", "megatron-core", "Transformer Engine", "apex"]
     return [
         Finding(name=name, state=State.MISSING if name in absent else State.OK, found="", facts=facts if i == 0 else {})
         for i, name in enumerate(names)
@@ -304,14 +330,24 @@ def test_a_command_that_fails_without_a_word(commands: Path) -> None:
 
 def test_the_command_from_outside(tmp_path: Path) -> None:
     """One whole look at this machine, which can train: everything but the corpus is there."""
+    from importlib.metadata import version
+
     command = [sys.executable, "-m", "megatron_mm1", "doctor", "--json", "--corpus", str(tmp_path), "--run-dir", "runs"]
     result = subprocess.run([*command, "--for", "train"], capture_output=True, text=True, timeout=250)
     content = json.loads(result.stdout)
     assert (result.returncode, content["verdict"]["reasons"]) == (0, [])
-    assert {"PyTorch", "DALI", "megatron-core", "disk"} <= {finding["name"] for finding in content["findings"]}
+    found = {finding["name"]: finding["found"] for finding in content["findings"]}
+    assert {*PROBES, "gloo", "NCCL", "Transformer Engine", "apex"} <= set(found)
+    assert found["PyTorch"].startswith(version("torch"))
+    assert found["DALI"] == version("nvidia-dali-cuda130")
+    assert found["megatron-core"].startswith(version("megatron-core"))
 
 
-def test_the_exit_code_and_the_reason(tmp_path: Path, commands: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_and_the_reason(
+    tmp_path: Path, commands: Path, python_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hide(python_path, "torch")
     assert main(["doctor", "--corpus", str(tmp_path / "none"), "--run-dir", str(tmp_path)]) == 1
     output = capsys.readouterr().out
-    assert "This machine cannot run the quickstart:\n  demo corpus: not at" in output
+    assert "This machine cannot run the quickstart:\n  PyTorch: not installed\n" in output
+    assert "  demo corpus: not at" in output
