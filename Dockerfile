@@ -34,7 +34,8 @@ FROM ${BASE} AS package
 ENV PIP_CONSTRAINT=""
 WORKDIR /source
 COPY . .
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip wheel --no-deps --wheel-dir /wheels .
 
 FROM ${BASE} AS runtime
 ENV PIP_CONSTRAINT=""
@@ -42,8 +43,9 @@ ENV PIP_CONSTRAINT=""
 WORKDIR /workspace/megatron_mm1
 COPY pyproject.toml requirements.lock ./
 COPY tools/image_pins.py tools/
-RUN python tools/image_pins.py > /tmp/pins.txt \
-    && pip install --no-cache-dir --no-deps -r /tmp/pins.txt \
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python tools/image_pins.py > /tmp/pins.txt \
+    && pip install --no-deps -r /tmp/pins.txt \
     && rm /tmp/pins.txt
 RUN --mount=type=bind,from=kernels,source=/wheels,target=/wheels \
     find /wheels -name '*.whl' -exec pip install --no-cache-dir {} +
@@ -58,8 +60,9 @@ CMD ["mm1", "--help"]
 
 FROM runtime AS test
 USER 0
-RUN python tools/image_pins.py --extras > /tmp/pins.txt \
-    && pip install --no-cache-dir --no-deps -r /tmp/pins.txt \
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python tools/image_pins.py --extras > /tmp/pins.txt \
+    && pip install --no-deps -r /tmp/pins.txt \
     && rm /tmp/pins.txt
 COPY tools tools
 COPY tests tests

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs a command in the image that build.sh has built: not as root, with nothing writable but /tmp and what is mounted.
-# Ranks of srun and torchrun find their variables, and the network is the machine's.
+# Runs a command in the image that build.sh has built, as the image's user. What it writes into the image is gone
+# afterwards. Ranks of srun and torchrun find their variables, and the network is the machine's.
 #
-# usage: tests/container/run.sh [--stage runtime|test] [PODMAN_OPTION..] -- COMMAND..
+# usage: tests/container/run.sh [--stage runtime|test] [BUILDAH_RUN_OPTION..] -- COMMAND..
 #   tests/container/run.sh -- mm1 doctor
 #   srun --kill-on-bad-exit tests/container/run.sh --volume "$PWD/runs:/workspace/megatron_mm1/runs" -- mm1 train ...
 #
@@ -10,6 +10,7 @@
 set -euo pipefail
 # shellcheck source=tests/container/engine.sh
 . "$(dirname "${BASH_SOURCE[0]}")/engine.sh"
+go_apart "$@"
 
 stage=runtime options=()
 while (($# > 0)) && [[ $1 != -- ]]; do
@@ -21,7 +22,14 @@ done
 (($# > 1)) || die "no command: run.sh [OPTION..] -- COMMAND.."
 shift
 
-# An init hands signals on: a first process without a handler for one, which Python is for SIGTERM, would not get it.
-exec podman run --rm --pull=never --init --network host --ipc host --read-only --tmpfs /tmp \
-  --env 'SLURM_*' --env 'MASTER_*' --env RANK --env WORLD_SIZE --env LOCAL_RANK --env LOCAL_WORLD_SIZE \
-  --env OMP_NUM_THREADS "${options[@]}" "$IMAGE:$stage" "$@"
+for name in $(compgen -e); do
+  case $name in
+    SLURM_* | MASTER_* | RANK | WORLD_SIZE | LOCAL_RANK | LOCAL_WORLD_SIZE | OMP_NUM_THREADS)
+      options+=(--env "$name=${!name}")
+      ;;
+  esac
+done
+
+container=$(buildah from --pull-never "$IMAGE:$stage")
+trap 'buildah rm "$container" >/dev/null' EXIT
+buildah run "${options[@]}" "$container" -- "$@"
