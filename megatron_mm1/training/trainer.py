@@ -30,6 +30,7 @@ from megatron_mm1.planning.fp8 import check_fp8_shapes
 from megatron_mm1.training.build import build_model, build_optimizer, component_learning_rates
 from megatron_mm1.training.checkpointing import load_checkpoint, load_weights, training_state
 from megatron_mm1.training.figures import Window, introduction
+from megatron_mm1.training.interruption import Interruption, interruptible
 from megatron_mm1.training.logging import RunLogger, console_line
 from megatron_mm1.training.resume import Start, check_ranks_agree, starting_point
 from megatron_mm1.training.routing import routing_figures
@@ -38,8 +39,11 @@ from megatron_mm1.training.step import StepStatistics, train_step
 from megatron_mm1.training.validation import validate_model
 
 
-def train(config: MM1Config) -> None:
+def train(config: MM1Config) -> bool:
     """Train as `config` says: from scratch, from `checkpoint.load`, or on from this run's newest checkpoint.
+
+    Returns:
+        Whether it came to its last step; False: a signal ended it earlier, with a checkpoint to go on from.
 
     Raises:
         UserError: the configuration, the data or the checkpoint does not allow the run; nothing has been written.
@@ -53,19 +57,33 @@ def train(config: MM1Config) -> None:
     parallel = config.parallel
     store = initialize_process_group(timeout_minutes=parallel.distributed_timeout_minutes)
     try:
-        with watched(
-            store,
-            rank=torch.distributed.get_rank(),
-            world_size=torch.distributed.get_world_size(),
-            silence_limit=parallel.heartbeat_timeout_seconds,
-            # A little before the collectives give up: NCCL's watchdog aborts a process that may not be to blame.
-            standstill_limit=60 * parallel.distributed_timeout_minutes - 5,
-        ) as pulse:
+        with (
+            interruptible() as interruption,
+            watched(
+                store,
+                rank=torch.distributed.get_rank(),
+                world_size=torch.distributed.get_world_size(),
+                silence_limit=parallel.heartbeat_timeout_seconds,
+                # A little before the collectives give up: NCCL's watchdog aborts a process that may not be to blame.
+                standstill_limit=60 * parallel.distributed_timeout_minutes - 5,
+            ) as pulse,
+        ):
             check_ranks_agree(start)
             groups = build_process_groups(parallel, seed=config.training.seed)
-            Run(config, backend=backend, tokenizer=tokenizer, start=start, groups=groups, pulse=pulse).train()
+            interruption.connect()
+            run = Run(
+                config,
+                backend=backend,
+                tokenizer=tokenizer,
+                start=start,
+                groups=groups,
+                pulse=pulse,
+                interruption=interruption,
+            )
+            run.train()
             torch.distributed.barrier()
         destroy_process_groups()
+        return run.iteration >= config.training.train_iters
     finally:
         torch.distributed.destroy_process_group()
 
@@ -87,9 +105,10 @@ class Run:
         start: Start | None,
         groups: ProcessGroupCollection,
         pulse: Pulse | None = None,
+        interruption: Interruption | None = None,
     ) -> None:
         self.config, self.tokenizer, self.groups = config, tokenizer, groups
-        self.pulse = pulse or Pulse()
+        self.pulse, self.interruption = pulse or Pulse(), interruption or Interruption()
         self.iteration = self.consumed = 0
         self.data = training_data(config, tokenizer=tokenizer)
         encodes = groups.pp.rank() == 0
@@ -152,12 +171,14 @@ class Run:
         self.iteration, self.consumed = start.metadata.iteration, start.metadata.consumed_sequences
 
     def train(self) -> None:
-        """Step until `train_iters`, with validation, logs and checkpoints at their intervals."""
+        """Step until `train_iters` or an interruption, with validation, logs and checkpoints at their intervals."""
         training, last = self.config.training, self.config.training.train_iters
         window = Window(self.config)
         if training.eval_interval and self.iteration < last:
             self.validate()
-        while self.iteration < last:
+        ends = self.iteration >= last
+        while not ends:
+            self.interruption.begin()
             rates = component_learning_rates(self.config, self.optimizer)  # of this step; the scheduler then moves on
             is_logged = self._is_due(self.config.logging.log_interval)
             statistics = self.step(window, with_component_norms=is_logged)
@@ -171,12 +192,16 @@ class Run:
                 self.logger.record("train", self.iteration, figures)
                 self.logger.say(console_line(figures, train_iters=last))
                 window = Window(self.config, skipped=window.skipped, nan=window.nan)
-            if training.eval_interval and (self.iteration % training.eval_interval == 0 or self.iteration == last):
+            is_interrupted = self.interruption.agreed() and self.iteration < last
+            if is_interrupted:
+                self.logger.say(f" interrupted by a signal: saving after iteration {self.iteration}, then ending")
+            elif training.eval_interval and (self.iteration % training.eval_interval == 0 or self.iteration == last):
                 self.validate()
+            ends = is_interrupted or self.iteration == last
             save_interval = self.config.checkpoint.save_interval
-            if self.iteration == last:
+            if ends:
                 self.saver.max_failures = 0  # nothing comes after it
-            if self.iteration == last or (save_interval and self.iteration % save_interval == 0):
+            if ends or (save_interval and self.iteration % save_interval == 0):
                 self.save()
         self.pulse.enter("end", step=self.iteration)
         self.saver.wait()

@@ -66,7 +66,8 @@ install_tools() {
   command -v apt-get >/dev/null || die "needs ${missing[*]}, and this is no Debian: install them"
   echo "container: installing ${missing[*]} with apt-get" >&2
   apt-get update -qq || echo "container: apt-get update failed; going on with the package lists that are here" >&2
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >"$STATE/apt.log" 2>&1 ||
+  DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y -qq --no-install-recommends "${missing[@]}" >"$STATE/apt.log" 2>&1 ||
     die "apt-get install ${missing[*]} failed; what it said is in $STATE/apt.log"
 }
 
