@@ -149,8 +149,9 @@ def hide(folder: Path, module: str) -> None:
     )
 
 
-def test_a_missing_library_says_how_to_add_it(python_path: Path, settings: Settings) -> None:
-    hide(python_path, "nvidia.dali")
+@pytest.mark.parametrize("hidden", ["nvidia.dali", "nvidia"])
+def test_a_missing_library_says_how_to_add_it(python_path: Path, settings: Settings, hidden: str) -> None:
+    hide(python_path, hidden)
     finding = only(libraries.probe_dali(settings))
     assert (finding.state, finding.found) == (State.MISSING, "not installed")
     assert "images cannot be read" in finding.costs and "pip install nvidia-dali-cuda130" in finding.fix
@@ -183,12 +184,16 @@ def test_a_broken_library_is_a_line_and_the_next_is_imported(python_path: Path, 
     assert engine == {"installed": False}
 
 
-def test_the_first_library_that_hangs_takes_one_limit_alone(python_path: Path) -> None:
-    (python_path / "torch.py").write_text("import time; time.sleep(60)")
+def test_the_first_library_that_hangs_takes_one_limit_alone(python_path: Path, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    (python_path / "torch.py").write_text(
+        f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    )
     start = time.monotonic()
     answers = libraries.ask(["torch", APEX, "megatron.core"], timeout_seconds=2)
     assert time.monotonic() - start < 4
     assert [answer["problem"] for answer in answers] == ["its import did not end within 2 s", *["needs torch"] * 2]
+    assert not alive(int(pid.read_text()))
 
 
 def test_parts_that_a_build_of_torch_lacks(python_path: Path, settings: Settings) -> None:
