@@ -111,6 +111,12 @@ def config_presets(args: argparse.Namespace) -> None:
     print(presets_table())
 
 
+def doctor(args: argparse.Namespace) -> int:
+    from megatron_mm1.doctor.report import doctor_main
+
+    return doctor_main(args)
+
+
 def print_version(args: argparse.Namespace) -> None:
     print("megatron_mm1", megatron_mm1.__version__)
     for package in ("megatron-core", "torch"):
@@ -152,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True, metavar="COMMAND"
     )
     add_command(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
+    _add_doctor(commands)
     add_command(commands, "version", print_version, "print the versions that matter")
     return parser
 
@@ -238,6 +245,27 @@ def _add_caption(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--max-new-tokens", "--max_new_tokens", type=positive_int, default=32, metavar="N", help="(%(default)s)"
     )
     _add_parallel_sizes(captioning)
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctoring = add_command(commands, "doctor", doctor, "print what this machine can run, and what it lacks")
+    doctoring.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("quickstart", "train", "gpu"),
+        default="quickstart",
+        help="what decides over the exit code: the quickstart, training on other data, or on GPUs (%(default)s)",
+    )
+    doctoring.add_argument("--json", action="store_true", help="the same for programs")
+    doctoring.add_argument(
+        "--run-dir", "--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="disk to look at (%(default)s)"
+    )
+    doctoring.add_argument(
+        "--corpus", type=Path, default=Path(".cache/demo-corpus"), metavar="DIR", help="demo corpus (%(default)s)"
+    )
+    doctoring.add_argument(
+        "--timeout", type=positive_int, default=60, metavar="SECONDS", help="limit of each look (%(default)s)"
+    )
 
 
 def _add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
