@@ -37,7 +37,7 @@ def mean_interval(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """The weighted mean of `values` with a percentile bootstrap interval (Efron).
+    """The weighted mean of `values` with a percentile bootstrap interval (Efron); 0 where no value has any weight.
 
     Args:
         weights: None: all equal.
@@ -59,7 +59,8 @@ def mean_interval(
     means = _resampled_means(totals, shares, resamples=resamples, generator=np.random.default_rng(seed))
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(mean=float(totals.sum() / shares.sum()), low=float(low), high=float(high), count=count)
+    [mean] = _ratio(totals.sum(keepdims=True), shares.sum(keepdims=True))
+    return Interval(mean=float(mean), low=float(low), high=float(high), count=count)
 
 
 def _numbered(clusters: Sequence[Hashable]) -> np.ndarray:
@@ -76,5 +77,9 @@ def _resampled_means(
     step = max(1, _CHUNK // size)
     for start in range(0, resamples, step):
         drawn = generator.integers(size, size=(min(step, resamples - start), size))
-        means[start : start + len(drawn)] = totals[drawn].sum(axis=1) / shares[drawn].sum(axis=1)
+        means[start : start + len(drawn)] = _ratio(totals[drawn].sum(axis=1), shares[drawn].sum(axis=1))
     return means
+
+
+def _ratio(totals: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    return np.divide(totals, shares, out=np.zeros_like(totals), where=shares > 0)

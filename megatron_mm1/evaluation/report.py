@@ -9,7 +9,9 @@ from typing import Any
 from megatron_mm1.data.files import replace_file
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.bootstrap import Interval, mean_interval
-from megatron_mm1.evaluation.task import Item, Measure, Outcome, prompt_text
+from megatron_mm1.evaluation.items import Item, Prompt
+from megatron_mm1.evaluation.task import Measures, Outcome
+from megatron_mm1.evaluation.template import prompt_text
 
 ALL = "all"
 RESULTS, ITEMS = "results.json", "items.jsonl"
@@ -20,11 +22,12 @@ Figures = Mapping[str, Mapping[str, Interval]]
 
 @dataclass(frozen=True)
 class MeasuredItem:
-    """An item, what the model made of it and what that is worth."""
+    """An item, how it was asked, what the model made of it and what that is worth."""
 
     item: Item
+    prompt: Prompt
     outcome: Outcome
-    measures: Mapping[str, Measure]
+    measures: Measures
 
     def as_row(self, task: str) -> dict[str, Any]:
         """The item's line of items.jsonl."""
@@ -32,12 +35,14 @@ class MeasuredItem:
             "task": task,
             "key": self.item.key,
             "groups": self.item.groups,
-            "prompt": prompt_text(self.item.prompt),
+            "prompt": prompt_text(self.prompt),
+            "raw_output": self.outcome.raw,
             "output": self.outcome.text,
-            "reference": self.item.reference,
+            "reference": self.item.answer,
+            "references": self.item.references,
             "scores": [
-                {"continuation": continuation, **asdict(score)}
-                for (_, continuation), score in zip(self.item.scored, self.outcome.scores, strict=True)
+                {"continuation": candidate.text, **asdict(score)}
+                for candidate, score in zip(self.item.candidates, self.outcome.scores, strict=True)
             ],
             "measures": {name: measure.value for name, measure in self.measures.items()},
         }

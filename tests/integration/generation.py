@@ -11,8 +11,10 @@ from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_mm1.evaluation.runner import run_items
-from megatron_mm1.evaluation.task import Item, Measure, Outcome
+from megatron_mm1.evaluation.fewshot import FewShot, Request
+from megatron_mm1.evaluation.runner import run_requests
+from megatron_mm1.evaluation.task import Outcome
+from megatron_mm1.evaluation.template import Stopping
 from megatron_mm1.inference.engine import Engine, Prompt, Score
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
 from megatron_mm1.training.build import build_module
@@ -44,32 +46,23 @@ def run_engine(
 
 
 class Continue:
-    """A task: continue each prompt, and score its reference and another."""
+    """A task: continue each prompt, and score its reference a few times."""
 
-    max_new_tokens = 4
+    stopping = Stopping(max_new_tokens=4)
 
     def __init__(self, prompts: list[Prompt], continuations: list[str]) -> None:
-        self.prompts, self.continuations = prompts, continuations
-
-    def items(self) -> list[Item]:
-        pairs = enumerate(zip(self.prompts, self.continuations, strict=True))
-        return [
-            Item(key=str(number), prompt=tuple(prompt), reference=text, scored=((tuple(prompt), text),) * (number % 3))
-            for number, (prompt, text) in pairs
-        ]
-
-    def measure(self, item: Item, outcome: Outcome) -> dict[str, Measure]:
-        return {}
+        pairs = enumerate(zip(prompts, continuations, strict=True))
+        self.requests = [Request(tuple(p), ((tuple(p), text),) * (number % 3), ()) for number, (p, text) in pairs]
 
 
 def run_task(config: MM1Config, checkpoint: Path, task: Continue) -> list[Outcome]:
-    """Outcomes of the task's items, dealt over the copies of the model."""
+    """Outcomes of the task's requests, dealt over the copies of the model."""
     groups = build_process_groups(config.parallel, seed=1)
     try:
         model = build_module(config, backend="local", pg_collection=groups)
         load_weights(checkpoint, [model], pg_collection=groups)
         engine = Engine(config, model, open_tokenizer(config.data.tokenizer), pg_collection=groups)
-        return run_items(engine, task, task.items(), label="continue")
+        return run_requests(engine, task.requests, task, FewShot(), label="continue")
     finally:
         destroy_process_groups()
 
