@@ -1,6 +1,7 @@
 # PYTHON, TORCH_INDEX and VENV are explained in tools/bootstrap.sh; pip's own variables (PIP_INDEX_URL, ...) work as usual.
 .DEFAULT_GOAL := help
-.PHONY: help venv corpus quickstart test test-slow test-parallel-full test-newest lint format lock clean
+.PHONY: help venv corpus quickstart test test-slow test-parallel-full test-newest test-gpu bench-gpu bench-gpu-dry-run
+.PHONY: lint format lock clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -33,6 +34,15 @@ test-newest:  ## the same tests with the newest torch, in .venv-newest
 	@VENV=.venv-newest tools/bootstrap.sh --newest-torch
 	.venv-newest/bin/mm1 data demo
 	.venv-newest/bin/pytest -q -m "not slow and not gpu"
+
+test-gpu: venv  ## what only a GPU can show; there a skipped test fails the run
+	$(BIN)/pytest -q -m gpu tests/gpu
+
+bench-gpu: venv  ## speed on one H100: slices of the presets, at most 8 minutes; writes benchmarks/cards/
+	$(BIN)/python benchmarks/gpu.py
+
+bench-gpu-dry-run: venv  ## the same without a GPU: every slice and variant on torch's meta device
+	$(BIN)/python benchmarks/gpu.py --dry-run
 
 lint: venv  ## ruff, mypy, shellcheck
 	$(BIN)/ruff check .

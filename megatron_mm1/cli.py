@@ -13,6 +13,7 @@ from megatron_mm1.arguments import FAILED, add_command, positive_int
 from megatron_mm1.checkpoint.commands import convert
 from megatron_mm1.data.commands import add_data_commands, data_inspect
 from megatron_mm1.errors import ConfigError, UserError
+from megatron_mm1.planning.commands import add_plan_commands, plan_fp8
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -49,6 +50,8 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[:1] == ["convert"]:
         return convert(argv[1:])
+    if argv[:2] == ["plan", "fp8"]:
+        return plan_fp8(argv[2:])
     args = build_parser().parse_args(argv)
     return args.command(args) or 0
 
@@ -115,6 +118,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_caption(commands)
     commands.add_parser("convert", help="import, export and change checkpoints (mm1 convert --help)")
+
+    plan = commands.add_parser("plan", help="see ahead what a run would do").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    add_plan_commands(plan)
 
     config = commands.add_parser("config", help="look at configurations").add_subparsers(
         required=True, metavar="COMMAND"

@@ -1,14 +1,18 @@
 """Fixtures shared by all tests."""
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 import megatron_mm1.parallel  # noqa: F401  # before any test imports megatron-core
 from megatron_mm1.parity.workers import Pool
+from tests import te_process
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,13 +29,40 @@ def pool() -> Iterator[Callable[[int], Pool]]:
 
     Of pools with more than two workers, which take half a gigabyte each, only the last one asked for lives.
     """
+    yield from _pools(None)
+
+
+@pytest.fixture(scope="session")
+def te_release() -> Path:
+    """The unpacked wheel from which the stand-in for Transformer Engine reads signatures."""
+    try:
+        return te_process.release()
+    except te_process.NoRelease as problem:
+        pytest.skip(str(problem))
+
+
+@pytest.fixture(scope="session")
+def te_pool(te_release: Path) -> Iterator[Callable[[int], Pool]]:
+    """`pool`, whose workers have the stand-in for Transformer Engine."""
+    yield from _pools(te_process.install)
+
+
+@pytest.fixture(scope="session")
+def in_te_process(te_release: Path) -> Iterator[Callable[..., Any]]:
+    """`in_te_process(function, ...)` calls it in a process of its own that has the stand-in and has joined no job."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=te_process.install) as executor:
+        yield lambda function, *args, **kwargs: executor.submit(function, *args, **kwargs).result()
+
+
+def _pools(initializer: Callable[[], None] | None) -> Iterator[Callable[[int], Pool]]:
     pools: dict[int, Pool] = {}
 
     def get(world_size: int) -> Pool:
         if world_size not in pools or not pools[world_size].alive:
             for large in [size for size in pools if size > 2 and world_size > 2]:
                 pools.pop(large).close()
-            pools[world_size] = Pool(world_size)
+            pools[world_size] = Pool(world_size, initializer=initializer)
         return pools[world_size]
 
     yield get

@@ -32,6 +32,7 @@ from megatron_mm1.parallel.groups import (
 )
 from megatron_mm1.parity.batches import KINDS, synthetic_batches
 from megatron_mm1.planning.flops import step_flops
+from megatron_mm1.planning.fp8 import check_fp8_shapes
 from megatron_mm1.training.build import build_model, build_optimizer
 from megatron_mm1.training.checkpointing import load_weights
 from megatron_mm1.training.figures import trainable_parameters
@@ -49,6 +50,7 @@ def bench_step_main(args: argparse.Namespace, config_arguments: Sequence[str]) -
     config = load_config(config_arguments)
     check_kind(config, args.synthetic)
     validate(config, world_size=launcher_ranks()[1])
+    check_fp8_shapes(config)
     backend = layer_backend(config)
     tokenizer = None if args.synthetic else open_tokenizer(config.data.tokenizer)
     initialize_process_group(timeout_minutes=config.parallel.distributed_timeout_minutes)

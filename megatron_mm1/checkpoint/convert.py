@@ -1,6 +1,5 @@
 """`mm1 convert`: each conversion makes a plan, which is then shown (`--dry-run`) or carried out."""
 
-import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,9 +14,9 @@ from megatron_mm1.checkpoint.safetensors_folder import GB, write_safetensors
 from megatron_mm1.checkpoint.summary import in_bytes, plan_table
 from megatron_mm1.checkpoint.tensors import Plan, PlanSource, Subset, copied, in_pieces
 from megatron_mm1.checkpoint.weights import Weights, component_of, components, open_weights, with_component
-from megatron_mm1.config import MM1Config, ParallelConfig
+from megatron_mm1.config import MM1Config
 from megatron_mm1.config.command_line import parse_arguments, set_override
-from megatron_mm1.config.derived import COMPONENTS
+from megatron_mm1.config.derived import COMPONENTS, smallest_world_size
 from megatron_mm1.config.loading import load_config
 from megatron_mm1.config.serialization import from_dict, to_dict, to_yaml
 from megatron_mm1.config.validation import validate
@@ -111,7 +110,7 @@ def reshard_main(args: Namespace, config_arguments: Sequence[str]) -> None:
     """A checkpoint under another layout, with its training state; the numbers are the same."""
     checkpoint = MM1Checkpoint(args.checkpoint)
     config = _with_options(checkpoint.metadata.mm1_config(), config_arguments, group="parallel")
-    validate(config, world_size=_smallest_world_size(config.parallel))
+    validate(config, world_size=smallest_world_size(config.parallel))
     names = [name for name in checkpoint.tensors if name.startswith(_kept(checkpoint.metadata))]
     plan = [in_pieces(checkpoint, name, num_pieces=args.pieces) for name in names]
     _write(args, plan, _updated(checkpoint.metadata, config), checkpoint, objects=_objects(checkpoint, _WEIGHTS))
@@ -264,12 +263,6 @@ def _with_options(config: MM1Config, arguments: Sequence[str], *, group: str) ->
     for path, text in overrides.items():
         set_override(values, path, text)
     return from_dict(values)
-
-
-def _smallest_world_size(parallel: ParallelConfig) -> int:
-    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    experts = parallel.expert_tensor_parallel_size * parallel.expert_model_parallel_size
-    return parallel.pipeline_model_parallel_size * math.lcm(dense, experts)
 
 
 def _image_token_id(config: MM1Config) -> int | None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from megatron_mm1.config.schema import DecoderConfig, Fp8Config, Fp8Recipe, ModelConfig, VisionConfig
+from megatron_mm1.config.schema import DecoderConfig, Fp8Config, Fp8Recipe, ModelConfig, ParallelConfig, VisionConfig
 
 COMPONENTS = {"tower": "tower.", "connector": "connector.", "decoder": "language_model."}
 """The model's parts, and what the names of their tensors begin with."""
@@ -53,6 +53,13 @@ def num_patches(vision: VisionConfig) -> int:
 def num_vision_blocks(vision: VisionConfig) -> int:
     """Blocks that are built: those after `feature_layer` are not."""
     return vision.num_layers + vision.feature_layer + 1
+
+
+def smallest_world_size(parallel: ParallelConfig) -> int:
+    """Processes that a layout takes at least."""
+    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    stage = math.lcm(parallel.tensor_model_parallel_size * parallel.context_parallel_size, experts)
+    return parallel.pipeline_model_parallel_size * stage
 
 
 def fp8_recipes(fp8: Fp8Config) -> Mapping[str, Fp8Recipe]:

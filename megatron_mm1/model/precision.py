@@ -55,9 +55,9 @@ def multiplying(config: TransformerConfig, *, layer: int = -1) -> AbstractContex
     if config.fp8:
         context: AbstractContextManager[Any] = get_fp8_context(config, layer)
         return context
-    from transformer_engine.pytorch import fp8_autocast
+    from transformer_engine.pytorch import autocast
 
-    without: AbstractContextManager[Any] = fp8_autocast(enabled=False)
+    without: AbstractContextManager[Any] = autocast(enabled=False)
     return without
 
 
@@ -65,7 +65,7 @@ def making_weights(config: TransformerConfig) -> AbstractContextManager[Any]:
     """Weights of modules in a stack whose weights are kept in FP8 (`fp8_param`) are not, if `config` has no recipe."""
     if config.fp8 or not config.fp8_param:
         return nullcontext()
-    from transformer_engine.pytorch import fp8_model_init
+    from transformer_engine.pytorch import quantized_model_init
 
-    context: AbstractContextManager[Any] = fp8_model_init(enabled=False)
+    context: AbstractContextManager[Any] = quantized_model_init(enabled=False)
     return context

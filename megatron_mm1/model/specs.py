@@ -180,7 +180,7 @@ def _distinct_experts(build: Any, *args: Any, pg_collection: ProcessGroupCollect
     On a CPU megatron-core draws them from the generator that all ranks share, which would make each rank's experts
     copies of the first rank's. On a GPU it has a generator for experts, which this leaves alone.
     """
-    seed = int(torch.randint(2**31, ()))  # the same on every rank, another for every layer
+    seed = int(torch.randint(2**31, (), device="cpu"))  # the same on every rank, another for every layer
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed + pg_collection.ep.rank())
     experts = build(*args, pg_collection=pg_collection, **kwargs)

@@ -56,6 +56,8 @@ def transformer_engine_problem() -> str | None:
 @cache
 def has_weight_gradient_kernel() -> bool:
     """Whether apex's kernel is here that adds a weight's gradient to the gradient buffer in the product."""
+    if not torch.cuda.is_available():  # the module is then ours, for layers that are told to use it
+        return False
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
@@ -93,8 +95,10 @@ def layer_backend(config: MM1Config) -> str:
     requested, problem = config.training.layer_backend, transformer_engine_problem()
     if config.training.precision == "fp32":
         problem = problem or "its attention on packed sequences takes no float32"
-    if requested == "local" or not problem:
-        return "local" if requested == "local" else "transformer_engine"
+    if requested == "local":
+        return "local"
+    if not problem:
+        return "transformer_engine"
     if requested == "transformer_engine":
         raise UserError(
             "training.layer_backend is transformer_engine, but Transformer Engine cannot be used "

@@ -35,6 +35,7 @@ from megatron_mm1.parity.report import (
 )
 from megatron_mm1.parity.shards import norms_of, relative_errors
 from megatron_mm1.parity.workers import Pool, WorkerError
+from megatron_mm1.planning.fp8 import check_fp8_shapes
 
 DEFAULTS = {
     "training.micro_batch_size": "2",
@@ -120,6 +121,7 @@ class Comparison:
 
         try:
             validate(config, world_size=layout.world_size)
+            check_fp8_shapes(config)
             checkpoint, folder, expected = self._reference(layout)
             ranks = pool.run(
                 self.job, config, checkpoint, backend=self.backend, kinds=kinds, steps=self.steps, folder=folder

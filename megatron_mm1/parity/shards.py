@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -43,7 +44,10 @@ def shards(
 ) -> Iterator[Shard]:
     """Shards of `value_of` each trained parameter of this rank (the parameter, its gradient), which has its shape."""
     for _, parameter, entry in sharded_parameters(model, pg_collection=pg_collection):
-        for part in built(replace(entry, data=value_of(parameter).detach().view_as(parameter))):
+        value = value_of(parameter).detach().view_as(parameter)
+        # A gradient may be float32 where its parameter is bf16.
+        fields = {"dtype": value.dtype} if isinstance(entry, ShardedTensor) else {}
+        for part in built(replace(entry, data=value, **fields)):
             data = part.data[(None,) * part.prepend_axis_num]
             yield Shard(part.key, tuple(part.global_offset), tuple(part.global_shape), data)
 

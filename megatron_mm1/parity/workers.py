@@ -36,9 +36,12 @@ class Pool:
     Args:
         world_size: number of processes.
         timeout_minutes: how long a job may take, the start of the workers included, and a collective wait.
+        initializer: a module-level function that each worker calls first, before it imports torch or megatron-core.
     """
 
-    def __init__(self, world_size: int, *, timeout_minutes: float = 10) -> None:
+    def __init__(
+        self, world_size: int, *, timeout_minutes: float = 10, initializer: Callable[[], None] | None = None
+    ) -> None:
         self.timeout_seconds = 60 * timeout_minutes
         context = multiprocessing.get_context("spawn")  # DALI and gloo do not survive a fork
         with socket.socket() as probe:
@@ -51,7 +54,8 @@ class Pool:
             ours, theirs = context.Pipe()
             # Not daemons: writing a checkpoint starts a process. They end when the pipe to the parent closes.
             process = context.Process(
-                target=_work, args=(rank, world_size, port, theirs, timeout_minutes, self._stack_file(rank))
+                target=_work,
+                args=(rank, world_size, port, theirs, timeout_minutes, self._stack_file(rank), initializer),
             )
             process.start()
             theirs.close()
@@ -121,12 +125,22 @@ class Pool:
         self._stacks.cleanup()
 
 
-def _work(rank: int, world_size: int, port: int, connection: Any, timeout_minutes: float, stack_file: Path) -> None:
+def _work(
+    rank: int,
+    world_size: int,
+    port: int,
+    connection: Any,
+    timeout_minutes: float,
+    stack_file: Path,
+    initializer: Callable[[], None] | None,
+) -> None:
     faulthandler.register(signal.SIGUSR1, file=stack_file.open("w"), all_threads=False)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 products in float32: read when CUDA starts
+    if initializer is not None:
+        initializer()
     import torch
 
     from megatron_mm1.parallel.groups import initialize_process_group

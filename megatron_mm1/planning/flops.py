@@ -14,7 +14,7 @@ from megatron_mm1.config.derived import (
     num_vision_blocks,
     padded_vocab_size,
 )
-from megatron_mm1.config.schema import ModelConfig
+from megatron_mm1.config.schema import ModelConfig, VisionConfig
 
 _FORWARD_AND_BACKWARD = 3
 
@@ -51,20 +51,31 @@ def output_flops(model: ModelConfig, *, seq_length: int) -> float:
     return _FORWARD_AND_BACKWARD * 2 * seq_length * decoder.hidden_size * padded_vocab_size(decoder.vocab_size)
 
 
-def vision_flops(model: ModelConfig) -> float:
-    """FLOPs of tower and connector on one image, forward and backward.
+def tower_flops(vision: VisionConfig) -> float:
+    """FLOPs of the tower on one image, forward and backward.
 
-    Tower, forward, for N patches of p x p px, T = N (+ 1 with a class token), width C and feed-forward F: 6 N p^2 C for
-    the patches; per block 8 T C^2 + 4 T C F for its linear layers and 4 T^2 C for full attention.
+    Forward, for N patches of p x p px, T = N (+ 1 with a class token), width C and feed-forward F: 6 N p^2 C for the
+    patches; per block 8 T C^2 + 4 T C F for its linear layers and 4 T^2 C for full attention.
     """
-    vision = model.vision
     patches, width = num_patches(vision), vision.hidden_size
     tokens = patches + vision.class_token
     patch_embedding = 6 * patches * vision.patch_size**2 * width
     block = 8 * tokens * width**2 + 4 * tokens * width * vision.ffn_hidden_size + 4 * tokens**2 * width
-    tower = patch_embedding + num_vision_blocks(vision) * block
     # Pixels need no gradient, so the patch embedding has one backward product instead of two.
-    return _FORWARD_AND_BACKWARD * (tower + _connector_forward(model)) - patch_embedding
+    return _FORWARD_AND_BACKWARD * (patch_embedding + num_vision_blocks(vision) * block) - patch_embedding
+
+
+def vision_flops(model: ModelConfig) -> float:
+    """FLOPs of tower and connector on one image, forward and backward."""
+    return tower_flops(model.vision) + _FORWARD_AND_BACKWARD * _connector_forward(model)
+
+
+def decoder_flops(model: ModelConfig, *, seq_length: int, segment_length: float | None = None) -> float:
+    """FLOPs of all decoder blocks and the output layer on one sequence, forward and backward."""
+    return output_flops(model, seq_length=seq_length) + sum(
+        decoder_block_flops(model, seq_length=seq_length, block=block, segment_length=segment_length)
+        for block in range(model.decoder.num_layers)
+    )
 
 
 def step_flops(
@@ -76,11 +87,8 @@ def step_flops(
     segment_length: float | None = None,
 ) -> float:
     """FLOPs of one training step over `num_sequences` sequences that hold `num_images` images in all."""
-    blocks = sum(
-        decoder_block_flops(model, seq_length=seq_length, block=block, segment_length=segment_length)
-        for block in range(model.decoder.num_layers)
-    )
-    return num_sequences * (blocks + output_flops(model, seq_length=seq_length)) + num_images * vision_flops(model)
+    decoder = decoder_flops(model, seq_length=seq_length, segment_length=segment_length)
+    return num_sequences * decoder + num_images * vision_flops(model)
 
 
 def _connector_forward(model: ModelConfig) -> float:

@@ -1,7 +1,13 @@
-"""The presets' sizes beside the paper's."""
+"""Tables for the terminal: the presets' sizes beside the paper's, and what of a step is in FP8."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 
 from megatron_mm1.config.laws import PUBLISHED_SIZES
 from megatron_mm1.config.presets import PRESETS, preset
+from megatron_mm1.planning.fp8 import assess, fp8_share
+from megatron_mm1.planning.gemms import Gemm
 from megatron_mm1.planning.parameters import count_parameters
 
 
@@ -14,11 +20,60 @@ def presets_table() -> str:
         size, what = PUBLISHED_SIZES.get(name, (None, ""))
         paper = "" if size is None else f"{human(size)} {what}"
         rows.append((name, *map(human, numbers), paper))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(
-        [*lines, "", "decoder: without embedding and output layer; active: what one token passes through."]
+        [*_aligned(rows), "", "decoder: without embedding and output layer; active: what one token passes through."]
     )
+
+
+def gemm_table(gemms: Sequence[Gemm], *, precision: str) -> str:
+    """One line per linear layer: shape on a rank, recipe and verdict.
+
+    Args:
+        precision: of what is not in FP8.
+    """
+    rows: list[tuple[str, ...]] = [
+        ("component", "product", "times", "M", "padded M", "N", "K", "recipe", "verdict", "waste", "note")
+    ]
+    for gemm in gemms:
+        verdict, in_fp8 = assess(gemm), gemm.recipe != "bf16"
+        padded = gemm.padded_m > gemm.m
+        rows.append(
+            (
+                gemm.component,
+                gemm.name,
+                f"{gemm.blocks} x {gemm.per_block}" if gemm.per_block > 1 else str(gemm.blocks),
+                _rows(gemm.m),
+                _rows(gemm.padded_m) if padded else "",
+                str(gemm.n),
+                str(gemm.k),
+                gemm.recipe if in_fp8 else precision,
+                verdict.kind if in_fp8 else precision,
+                f"{100 * gemm.waste:.2f} %" if padded else "",
+                verdict.note,
+            )
+        )
+    return "\n".join([*_aligned(rows), "", f"in FP8: {100 * fp8_share(gemms):.1f} % of the FLOPs of these products"])
+
+
+def gemm_json(gemms: Sequence[Gemm], problems: Sequence[str]) -> str:
+    """The same as JSON: `gemms`, each with the fields of `Gemm` and its verdict; `fp8_share`; `problems`."""
+    described = [
+        asdict(gemm) | {"flops": gemm.flops, "waste": gemm.waste, "verdict": verdict.kind, "note": verdict.note}
+        for gemm in gemms
+        for verdict in [assess(gemm)]
+    ]
+    return json.dumps({"gemms": described, "fp8_share": fp8_share(gemms), "problems": [*problems]}, indent=2)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _rows(count: float) -> str:
+    """A number of rows, which may be an expected one."""
+    return f"{count:.1f}".removesuffix(".0")
 
 
 def human(number: float) -> str:

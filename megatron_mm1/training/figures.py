@@ -9,7 +9,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.config import MM1Config
-from megatron_mm1.config.derived import COMPONENTS
+from megatron_mm1.config.derived import COMPONENTS, fp8_recipes
 from megatron_mm1.data.balance import imbalance
 from megatron_mm1.parallel.device import transformer_engine_problem
 from megatron_mm1.planning.flops import step_flops
@@ -123,9 +123,16 @@ def introduction(config: MM1Config, model: Model, *, backend: str, groups: Proce
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     return [
         f" {config.name}: {layout}",
-        f" layer backend: {backend}{reason}, precision {config.training.precision}",
+        f" layer backend: {backend}{reason}, {_precision(config)}",
         f" trainable parameters: {listed}, in all {sum(counts.values()):,}",
     ]
+
+
+def _precision(config: MM1Config) -> str:
+    components = ["tower", "connector", "decoder", *(["experts"] if config.model.moe else [])]
+    recipes = fp8_recipes(config.fp8)
+    in_fp8 = [f"{component} {recipes[component]}" for component in components if recipes[component] != "bf16"]
+    return f"precision {config.training.precision}" + (f", in FP8: {', '.join(in_fp8)}" if in_fp8 else "")
 
 
 def trainable_parameters(model: Model, *, groups: ProcessGroupCollection) -> dict[str, int]:

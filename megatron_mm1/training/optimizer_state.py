@@ -119,4 +119,4 @@ def _set_steps(part: MegatronOptimizer, steps: int) -> None:
             continue
         for parameter in group["params"]:
             if parameter in part.optimizer.state:
-                part.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+                part.optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=parameter.device)

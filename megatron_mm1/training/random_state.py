@@ -45,7 +45,9 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    # A GPU's generators have states of another form: from one kind of device to the other they keep their seeds.
+    if (state["cuda"] is not None) == torch.cuda.is_available():
+        tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+        if state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"])

@@ -236,7 +236,7 @@ def _scale_router_losses(model: Model, batches: Sequence[PackedBatch], pg_collec
     counts = torch.zeros(2, dtype=torch.float32)
     for batch in batches:
         counts += torch.stack([(batch.labels != IGNORE).sum(), (batch.segment_ids != 0).sum()])
-    counts = counts.to(device())
+    counts = counts.to(device(), non_blocking=True)
     torch.distributed.all_reduce(counts, group=pg_collection.dp_cp)
     # Only the first and last stage know which images could not be decoded, and so which examples are not trained.
     torch.distributed.broadcast(counts, group_src=pg_collection.pp.size() - 1, group=pg_collection.pp)

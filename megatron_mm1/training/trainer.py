@@ -26,6 +26,7 @@ from megatron_mm1.parallel.groups import (
     initialize_process_group,
     launcher_ranks,
 )
+from megatron_mm1.planning.fp8 import check_fp8_shapes
 from megatron_mm1.training.build import build_model, build_optimizer, component_learning_rates
 from megatron_mm1.training.checkpointing import load_checkpoint, load_weights, training_state
 from megatron_mm1.training.figures import Window, introduction
@@ -44,6 +45,7 @@ def train(config: MM1Config) -> None:
         UserError: the configuration, the data or the checkpoint does not allow the run; nothing has been written.
     """
     validate(config, world_size=launcher_ranks()[1])
+    check_fp8_shapes(config)
     backend = layer_backend(config)
     tokenizer = open_tokenizer(config.data.tokenizer)
     start = starting_point(config, tokenizer)

@@ -1,6 +1,5 @@
 """Sequences split over context-parallel ranks: who holds what, and what each part attends to."""
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -9,21 +8,7 @@ import torch
 from megatron_mm1.data.batch import Boundaries
 from megatron_mm1.model.attention import segment_mask
 from megatron_mm1.parallel.context import ChunkBoundaries, local_chunks, local_positions
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """A process group's rank and size, all that slicing asks of it."""
-
-    index: int
-    count: int
-
-    def rank(self) -> int:
-        return self.index
-
-    def size(self) -> int:
-        return self.count
-
+from tests.absent_ranks import Ranks
 
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 1 + [3] * 14 + [0] * 4, [1] * 24], dtype=torch.int32)
 

@@ -35,7 +35,9 @@ class Normalization:
 
     def _factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        return (1 / (255 * std)).view(3, 1, 1).to(device), (mean / std).view(3, 1, 1).to(device)
+        scale, shift = (1 / (255 * std)).view(3, 1, 1), (mean / std).view(3, 1, 1)
+        # A copy that blocks would let the host wait for all that the device has to do before it.
+        return scale.to(device, non_blocking=True), shift.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class ImageProcessor:
         if image.crop is not None:
             top, left, height, width = image.crop(*rgb.shape[1:])
             rgb = rgb[:, top : top + height, left : left + width]
-        padding = self._padding.to(rgb.device)
+        padding = self._padding.to(rgb.device, non_blocking=True)
         return tiles(rgb, grid=image.grid, tiling=self.tiling, mode=self.mode, padding=padding)
 
     def num_tiles(self, image: EncodedImage) -> int:

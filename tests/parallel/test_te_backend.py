@@ -1,0 +1,55 @@
+"""The Transformer Engine backend computes what the local one does, on a stand-in for Transformer Engine in float32.
+
+What the stand-in can show is everything around the kernels: names and shapes of weights, arguments, boundaries of
+packed sequences, communication. tests/gpu compares the real ones.
+"""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from megatron_mm1.config import Fp8Config, MM1Config
+from megatron_mm1.config.presets import preset
+from megatron_mm1.config.schema import Fp8Recipe
+from tests import te_jobs
+from tests.parallel import jobs
+
+TOLERANCE = 2e-5
+KINDS = ("mixed", "no image", "two resolutions", "padding")
+
+TP_SP = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "dense": ("mm1-tiny", 1, {}),
+    "experts": ("mm1-tiny-moe", 1, {}),
+    "dense, TP2": ("mm1-tiny", 2, dict(tensor_model_parallel_size=2)),
+    "dense, TP2+SP, images shared": ("mm1-tiny", 2, dict(**TP_SP, vision_parallel_mode="data")),
+    "dense, CP2": ("mm1-tiny", 2, dict(context_parallel_size=2)),
+    "experts, TP2+SP": ("mm1-tiny-moe", 2, TP_SP),
+    "experts, EP2": ("mm1-tiny-moe", 2, dict(expert_model_parallel_size=2)),
+    "experts, CP2": ("mm1-tiny-moe", 2, dict(context_parallel_size=2)),
+}
+
+
+def config_of(name: str, *, fp8: Fp8Config | None = None, **sizes: Any) -> MM1Config:
+    config = dataclasses.replace(preset(name), fp8=fp8 or Fp8Config())
+    training = dataclasses.replace(config.training, global_batch_size=2, micro_batch_size=2, precision="fp32")
+    return jobs.with_parallel(dataclasses.replace(config, training=training), **sizes)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_every_gradient_are_the_local_backends(te_pool, layout):
+    name, world_size, sizes = LAYOUTS[layout]
+    for distances in te_pool(world_size).run(te_jobs.compare, config_of(name, **sizes), KINDS):
+        apart = {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}
+        assert not apart
+
+
+@pytest.mark.parametrize("layout", ["experts", "experts, TP2+SP"])
+@pytest.mark.parametrize("recipe", ["fp8_tensorwise", "fp8_blockwise"])
+def test_rows_added_for_fp8_change_nothing(te_pool, recipe: Fp8Recipe, layout):
+    """Images as one packed sequence, padded rows of experts and connectors. (Products are not quantised here.)"""
+    name, world_size, sizes = LAYOUTS[layout]
+    fp8 = Fp8Config(decoder_recipe=recipe, tower_recipe=recipe, connector_recipe=recipe)
+    for distances in te_pool(world_size).run(te_jobs.compare, config_of(name, fp8=fp8, **sizes), KINDS):
+        assert not {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}

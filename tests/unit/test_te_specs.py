@@ -1,0 +1,127 @@
+"""Every layer of every preset is the intended layer of Transformer Engine, with the intended sharding, in every layout.
+
+Shapes are computed here from the configuration, not by the model's code.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_mm1.config import MM1Config, ParallelConfig
+from megatron_mm1.config.presets import PRESETS, preset
+from tests import te_specs
+from tests.te_specs import Layer
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "TP8+SP": (8, dict(tensor_model_parallel_size=8, sequence_parallel=True)),
+    "TP2 CP2": (4, dict(tensor_model_parallel_size=2, context_parallel_size=2)),
+    "TP4+SP, images shared": (
+        4,
+        dict(tensor_model_parallel_size=4, sequence_parallel=True, vision_parallel_mode="data"),
+    ),
+    "TP4+SP EP8": (32, dict(tensor_model_parallel_size=4, sequence_parallel=True, expert_model_parallel_size=8)),
+}
+
+
+def config_of(name: str, sizes: dict[str, Any]) -> MM1Config:
+    config = preset(name)
+    training = dataclasses.replace(config.training, precision="bf16")
+    return dataclasses.replace(config, training=training, parallel=ParallelConfig(**sizes))
+
+
+def fits(name: str, layout: str) -> bool:
+    """Whether heads, and experts, divide."""
+    config, sizes = preset(name), LAYOUTS[layout][1]
+    tp, ep = sizes.get("tensor_model_parallel_size", 1), sizes.get("expert_model_parallel_size", 1)
+    experts = config.model.moe.num_moe_experts if config.model.moe else 0
+    shared = sizes.get("vision_parallel_mode") == "data"
+    heads = [config.model.decoder.num_attention_heads] + ([] if shared else [config.model.vision.num_attention_heads])
+    return all(count % tp == 0 for count in heads) and (ep == 1 or (experts > 0 and experts % ep == 0))
+
+
+def expected(config: MM1Config) -> Iterator[tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]]:
+    """(name, class, arguments, shapes of weights on a rank) of every layer."""
+    decoder, vision, moe, parallel = config.model.decoder, config.model.vision, config.model.moe, config.parallel
+    tp, sp = parallel.tensor_model_parallel_size, parallel.sequence_parallel
+    width, heads = decoder.hidden_size, decoder.num_attention_heads
+    groups, head = decoder.num_query_groups or heads, decoder.kv_channels or width // heads
+    for block in range(decoder.num_layers):
+        layer = f"language_model.decoder.layers.{2 * block}.self_attention"
+        column = dict(parallel_mode="column", sequence_parallel=sp, normalization="RMSNorm", bias=False)
+        row = dict(parallel_mode="row", sequence_parallel=sp, bias=False)
+        yield from _attention(layer, width, heads, groups, head, tp, column, row, dict(attn_mask_type="padding_causal"))
+        layer, ffn = f"language_model.decoder.layers.{2 * block + 1}", decoder.ffn_hidden_size
+        if moe is None or (block + 1) % moe.moe_layer_freq:
+            yield from _mlp(f"{layer}.mlp", width, ffn, 2, tp, column, row)
+            continue
+        ffn, count = moe.moe_ffn_hidden_size or ffn, moe.num_moe_experts // parallel.expert_model_parallel_size
+        yield f"{layer}.pre_mlp_layernorm", "RMSNorm", dict(sequence_parallel=sp), {"weight": (width,)}
+        for name, shape in {"linear_fc1": (2 * ffn, width), "linear_fc2": (width, ffn)}.items():
+            weights = {f"weight{expert}": shape for expert in range(count)}
+            yield f"{layer}.mlp.experts.{name}", "GroupedLinear", dict(num_gemms=count, bias=False), weights
+    yield "language_model.decoder.final_norm", "RMSNorm", dict(sequence_parallel=sp), {"weight": (width,)}
+
+    tp = tp if parallel.vision_parallel_mode == "tensor" else 1
+    width, heads, ffn = vision.hidden_size, vision.num_attention_heads, vision.ffn_hidden_size
+    column = dict(parallel_mode="column", sequence_parallel=False, normalization="LayerNorm", bias=True)
+    row = dict(parallel_mode="row", sequence_parallel=False, bias=True)
+    for block in range(vision.num_layers + 1 + vision.feature_layer):
+        layer = f"tower.encoder.layers.{block}"
+        mask = dict(attn_mask_type="no_mask")
+        yield from _attention(f"{layer}.self_attention", width, heads, heads, width // heads, tp, column, row, mask)
+        yield from _mlp(f"{layer}.mlp", width, ffn, 1, tp, column, row)
+
+
+def _weights(rows: int, columns: int, bias: int | None, norm: str | None) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"weight": (rows, columns)}
+    shapes |= {"bias": (bias,)} if bias else {}
+    shapes |= {"layer_norm_weight": (columns,)} if norm else {}
+    return shapes | ({"layer_norm_bias": (columns,)} if norm == "LayerNorm" else {})
+
+
+def _attention(
+    layer: str, width: int, heads: int, groups: int, head: int, tp: int, column: Any, row: Any, mask: Any
+) -> Iterator[tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]]:
+    qkv = (heads + 2 * groups) * head // tp
+    weights = _weights(qkv, width, qkv if column["bias"] else None, column["normalization"])
+    yield f"{layer}.linear_qkv", "LayerNormLinear", column | dict(tp_size=tp), weights
+    attention = mask | dict(
+        num_attention_heads=heads, num_gqa_groups=groups, kv_channels=head, attention_dropout=0.0, tp_size=tp
+    )
+    yield f"{layer}.core_attention", "DotProductAttention", attention, {}
+    weights = _weights(width, heads * head // tp, width if row["bias"] else None, None)
+    yield f"{layer}.linear_proj", "Linear", row | dict(tp_size=tp), weights
+
+
+def _mlp(
+    layer: str, width: int, ffn: int, gated: int, tp: int, column: Any, row: Any
+) -> Iterator[tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]]:
+    rows = gated * ffn // tp
+    weights = _weights(rows, width, rows if column["bias"] else None, column["normalization"])
+    yield f"{layer}.linear_fc1", "LayerNormLinear", column | dict(tp_size=tp), weights
+    weights = _weights(width, ffn // tp, width if row["bias"] else None, None)
+    yield f"{layer}.linear_fc2", "Linear", row | dict(tp_size=tp), weights
+
+
+CASES = [(name, layout) for name in PRESETS for layout in LAYOUTS if fits(name, layout)]
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES, ids=[f"{name}, {layout}" for name, layout in CASES])
+def test_every_layer_is_the_intended_one(in_te_process, name, layout):
+    world_size, sizes = LAYOUTS[layout]
+    config = config_of(name, sizes)
+    layers: dict[str, Layer] = in_te_process(te_specs.layers_on, config, rank=world_size - 1, world_size=world_size)
+    connector = {name: layers.pop(name) for name in list(layers) if name.startswith("connector.")}
+    assert connector and {layer.kind for layer in connector.values()} == {"Linear"}
+    wanted = {name: rest for name, *rest in expected(config)}
+    assert set(layers) == set(wanted)
+    for layer_name, (kind, arguments, shapes) in wanted.items():
+        layer = layers[layer_name]
+        assert (layer_name, layer.kind, layer.shapes) == (layer_name, kind, shapes)
+        found = layer.arguments | dict(tp_size=layer.tp_size)
+        assert (layer_name, {key: found[key] for key in arguments}) == (layer_name, arguments)
+        assert layer.dtypes <= {torch.bfloat16}
