@@ -20,6 +20,7 @@ class CaptionMatch:
     """Each image of the CSV file $PAIRS with its caption and the caption of the next row."""
 
     stopping = Stopping(max_new_tokens=0)
+    headline = "match"
 
     def items(self) -> Split:
         if "PAIRS" not in os.environ:

@@ -20,6 +20,7 @@ class FewShot:
         high_resolution_shots: how many demonstrations, the last ones, show their images in high resolution; None:
             all. MM1 has 3 after fine-tuning [M]. A model that sees every image in one resolution is not affected.
         chain_of_thought: demonstrations carry their reasoning, and the answer is taken out of the model's.
+        permute_images: the control: no image of the demonstrations is where it belongs, and nothing else changes.
 
     Raises:
         UserError: a number is negative.
@@ -29,6 +30,7 @@ class FewShot:
     seed: int = 0
     high_resolution_shots: int | None = None
     chain_of_thought: bool = False
+    permute_images: bool = False
 
     def __post_init__(self) -> None:
         if self.shots < 0 or (self.high_resolution_shots or 0) < 0:
@@ -45,10 +47,9 @@ class FewShot:
         """Where text generated for `task` ends."""
         return task.stopping.reasoned() if self.chain_of_thought and task.stopping.max_new_tokens else task.stopping
 
-    def answer(self, task: Task, generated: str) -> str:
+    def answer(self, generated: str) -> str:
         """The model's answer in what it generated."""
-        text = self.stopping(task).cut(generated)
-        return extracted_answer(text) if self.chain_of_thought else text
+        return extracted_answer(generated) if self.chain_of_thought else generated.strip()
 
 
 ZERO_SHOT = FewShot()
@@ -117,9 +118,11 @@ def request(item: Item, task: Task, settings: FewShot, *, pool: Sequence[Item] =
         pool: `demonstration_pool`, read once for all items.
 
     Raises:
-        UserError: see `draw`.
+        UserError: see `draw` and `with_permuted_images`.
     """
     shown = draw(item, pool, shots=settings.shots, seed=settings.seed)
+    if settings.permute_images:
+        shown = with_permuted_images(shown, random.Random(f"{settings.seed}\0images\0{item.key}"))
     num_small = 0 if settings.high_resolution_shots is None else max(0, len(shown) - settings.high_resolution_shots)
     small = [in_low_resolution(one) for one in shown[:num_small]]
     before = [part for one in (*small, *shown[num_small:]) for part in settings.template(task, one).answered(one)]
@@ -133,6 +136,23 @@ def request(item: Item, task: Task, settings: FewShot, *, pool: Sequence[Item] =
         (behind(replace(item, images=images)), one.text) for images, one in zip(shows, item.candidates, strict=True)
     )
     return Request(behind(item), scored, tuple(one.key for one in shown))
+
+
+def with_permuted_images(shown: Sequence[Item], generator: random.Random) -> tuple[Item, ...]:
+    """The same demonstrations with their images exchanged, so that none is in a place it was in.
+
+    Raises:
+        UserError: there are fewer than two images to exchange.
+    """
+    images = [image for one in shown for image in one.images]
+    if len(images) < 2:
+        raise UserError(f"the demonstrations have {len(images)} images: to exchange them takes two, so use more shots")
+    order = list(range(len(images)))
+    for last in range(len(order) - 1, 0, -1):  # Sattolo: one cycle through all places, so no image stays
+        other = generator.randrange(last)
+        order[last], order[other] = order[other], order[last]
+    moved = iter([images[index] for index in order])
+    return tuple(replace(one, images=tuple(next(moved) for _ in one.images)) for one in shown)
 
 
 def _is_close(one: Item, item: Item) -> bool:

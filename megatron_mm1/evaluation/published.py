@@ -1,15 +1,15 @@
-"""MM1's published few-shot results, to set a run's beside.
-
-McKinzie et al. 2024 ("MM1: Methods, Analysis & Insights from Multimodal LLM Pre-training", arXiv 2403.09611) [P]. A
-figure depends on prompts, demonstrations and resolution, which the paper does not give in full: compare with care.
-"""
+"""MM1's published few-shot results [P], to set a run's beside."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_mm1.evaluation.bootstrap import Interval
 
-_PERCENT = 100
+SOURCE = (
+    "McKinzie et al. 2024, MM1: Methods, Analysis & Insights from Multimodal LLM Pre-training, arXiv 2403.09611. "
+    "A figure depends on prompts, demonstrations and resolution, which the paper does not give in full: compare with "
+    "care."
+)
 
 
 @dataclass(frozen=True)
@@ -61,34 +61,26 @@ PUBLISHED: tuple[Published, ...] = (
 )
 
 
-def beside_published(results: Mapping[str, Mapping[str, Interval]], *, shots: int, name: str) -> str:
-    """A Markdown table of a run's figures beside MM1's with as many shots; tasks the paper has none for are left out.
+def beside_published(results: Mapping[str, Mapping[str, Interval]], *, shots: int, name: str) -> list[list[str]]:
+    """A table of a run's figures beside MM1's with as many shots, heading first; tasks the paper has none for are left
+    out.
 
     Args:
         results: measures over all items, by task.
         shots: of the run.
         name: of the run, for the heading.
     """
-    tasks = [task for task in MEASURES if MEASURES[task] in results.get(task, {})]
     figures = {(one.model, one.task): one for one in PUBLISHED if one.shots == shots}
+    tasks = [task for task in MEASURES if MEASURES[task] in results.get(task, {})]
     models = list(dict.fromkeys(model for model, task in figures if task in tasks))
-    lines = [_row([f"task, {shots} shots", "measure", name, *models]), _row(["---"] * (3 + len(models)))]
+    rows = [[f"task, {shots} shots", "measure", name, *models]]
     for task in tasks:
-        own = results[task][MEASURES[task]]
         published = [_told(figures.get((model, task))) for model in models]
-        lines.append(_row([task, MEASURES[task], _scaled(own), *published]))
-    return "\n".join(lines)
-
-
-def _scaled(own: Interval) -> str:
-    return f"{_PERCENT * own.mean:.1f} [{_PERCENT * own.low:.1f}, {_PERCENT * own.high:.1f}]"
+        rows.append([task, MEASURES[task], results[task][MEASURES[task]].percent(), *published])
+    return rows
 
 
 def _told(figure: Published | None) -> str:
     if figure is None:
         return ""
     return f"{figure.value:.1f} ({figure.protocol})" if figure.protocol else f"{figure.value:.1f}"
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -10,7 +10,7 @@ from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.items import Item, Split
 from megatron_mm1.evaluation.template import Stopping, Template
 from megatron_mm1.extension import resolve
-from megatron_mm1.inference.engine import Score
+from megatron_mm1.inference.requests import Score
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,27 @@ class Outcome:
     """What the model made of an item.
 
     Attributes:
-        text: its answer: what it generated, cut and extracted; empty where the task generates nothing.
+        text: its answer, as extracted from what it generated; empty where the task generates nothing.
         scores: of the item's candidates, in order.
-        raw: what it generated.
+        raw: what it generated, up to a stop string.
+        finish_reason: why that ended: "end" of text, a "stop" string, or the "length" allowed; empty: see `text`.
     """
 
     text: str
     scores: tuple[Score, ...] = ()
     raw: str = ""
+    finish_reason: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Stands in the place of an outcome: the item could not be asked. It counts in no figure.
+
+    Attributes:
+        message: what is wrong and what to do, in one line.
+    """
+
+    message: str
 
 
 @dataclass(frozen=True)
@@ -56,9 +69,11 @@ class Task(Protocol):
 
     Attributes:
         stopping: where generated text ends.
+        headline: the measure that speaks for the task in plots; the higher, the better.
     """
 
     stopping: Stopping
+    headline: str
 
     def items(self) -> Split:
         """The evaluation split.

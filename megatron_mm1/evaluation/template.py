@@ -73,12 +73,6 @@ class Stopping:
     max_new_tokens: int
     strings: tuple[str, ...] = ("\n",)
 
-    def cut(self, text: str) -> str:
-        """`text` up to the first stop string, without white space around it; white space in front stops nothing."""
-        text = text.lstrip()
-        ends = [place for string in self.strings if (place := text.find(string)) >= 0]
-        return text[: min(ends, default=None)].rstrip()
-
     def reasoned(self) -> "Stopping":
         """For a chain of thought, whose sentences go on behind "." and ","."""
         return Stopping(max_new_tokens=max(512, self.max_new_tokens), strings=("\n", "Question:"))

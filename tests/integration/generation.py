@@ -11,10 +11,6 @@ from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_mm1.evaluation.fewshot import FewShot, Request
-from megatron_mm1.evaluation.runner import run_requests
-from megatron_mm1.evaluation.task import Outcome
-from megatron_mm1.evaluation.template import Stopping
 from megatron_mm1.inference.engine import Engine, Prompt, Score
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
 from megatron_mm1.training.build import build_module
@@ -41,28 +37,6 @@ def run_engine(
         engine = Engine(config, model, tokenizer, pg_collection=groups, batch_size=batch_size)
         ids = engine.generate_ids(prompts, max_new_tokens=max_new_tokens)
         return ids, engine.score(prompts, continuations)
-    finally:
-        destroy_process_groups()
-
-
-class Continue:
-    """A task: continue each prompt, and score its reference a few times."""
-
-    stopping = Stopping(max_new_tokens=4)
-
-    def __init__(self, prompts: list[Prompt], continuations: list[str]) -> None:
-        pairs = enumerate(zip(prompts, continuations, strict=True))
-        self.requests = [Request(tuple(p), ((tuple(p), text),) * (number % 3), ()) for number, (p, text) in pairs]
-
-
-def run_task(config: MM1Config, checkpoint: Path, task: Continue) -> list[Outcome]:
-    """Outcomes of the task's requests, dealt over the copies of the model."""
-    groups = build_process_groups(config.parallel, seed=1)
-    try:
-        model = build_module(config, backend="local", pg_collection=groups)
-        load_weights(checkpoint, [model], pg_collection=groups)
-        engine = Engine(config, model, open_tokenizer(config.data.tokenizer), pg_collection=groups)
-        return run_requests(engine, task.requests, task, FewShot(), label="continue")
     finally:
         destroy_process_groups()
 

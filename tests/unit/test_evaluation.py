@@ -13,14 +13,15 @@ from megatron_mm1.data.records import Text
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.bootstrap import Interval
 from megatron_mm1.evaluation.contact_sheet import Panel, write_contact_sheet
-from megatron_mm1.evaluation.fewshot import FewShot, request
+from megatron_mm1.evaluation.fewshot import ZERO_SHOT, FewShot, Request, request
 from megatron_mm1.evaluation.items import ImageFile, Item
 from megatron_mm1.evaluation.published import MEASURES, PUBLISHED, beside_published
-from megatron_mm1.evaluation.report import MeasuredItem, figures, read_figures, table, write_results
+from megatron_mm1.evaluation.results import ALL, MeasuredItem, Result, figures, read_figures, write_results
+from megatron_mm1.evaluation.tables import console, figures_table
 from megatron_mm1.evaluation.task import Measure, Outcome, build_task
 from megatron_mm1.evaluation.tasks.demo import DemoCaptions, DemoQuestions, question_type
 from megatron_mm1.evaluation.template import prompt_text
-from megatron_mm1.inference.engine import Score
+from megatron_mm1.inference.requests import Score
 
 
 def png(colour) -> bytes:
@@ -57,7 +58,7 @@ def write_corpus(raw, split):
 
 def scores(*losses: float) -> tuple[Score, ...]:
     """Scores of four tokens with the given losses per token."""
-    return tuple(Score(log_likelihood=-4 * loss, num_tokens=4) for loss in losses)
+    return tuple(Score((-loss,) * 4) for loss in losses)
 
 
 def first_measures(task, outcome):
@@ -176,9 +177,14 @@ def test_task_by_class_path(monkeypatch, tmp_path):
 
 
 def measured(key, value, *, weight=1.0, item_weight=1.0, groups=("g",), cluster=None) -> MeasuredItem:
-    prompt = (ImageFile(Path("a.jpg")), Text("why?"))
+    request = Request((ImageFile(Path("a.jpg")), Text("why?")), (), ("d",))
     item = Item(key=key, answer="r", groups=groups, cluster=cluster, weight=item_weight)
-    return MeasuredItem(item, prompt, Outcome(text="o", raw="o."), {"m": Measure(value, weight=weight)})
+    outcome = Outcome(text="o", raw=" o", finish_reason="stop")
+    return MeasuredItem(item, request, outcome, {"m": Measure(value, weight=weight)})
+
+
+def result(*items: MeasuredItem) -> Result:
+    return Result("t", "m", ZERO_SHOT, {}, items)
 
 
 def test_figures_are_weighted_means_by_group():
@@ -199,17 +205,23 @@ def test_clusters_are_resampled_together():
 
 
 def test_results_are_written_and_read_back(tmp_path):
-    tasks = {"t": [measured("a", 1.0), measured("b", 0.0)]}
-    written = write_results(tmp_path / "out", {"checkpoint": {"iteration": 7}}, tasks)
-    assert read_figures(tmp_path / "out") == written
+    items = [measured("a", 1.0), measured("b", 0.0)]
+    write_results(tmp_path / "out", {"checkpoint": {"iteration": 7}}, [result(*items)])
+    assert read_figures(tmp_path / "out") == {"t": figures(items)}
+    assert read_figures(tmp_path / "out", shots=4) == {}
     assert json.loads((tmp_path / "out/results.json").read_text())["checkpoint"] == {"iteration": 7}
     rows = [json.loads(line) for line in (tmp_path / "out/items.jsonl").read_text().splitlines()]
     assert rows[0] == {
         "task": "t",
+        "shots": 0,
+        "images_exchanged": False,
         "key": "a",
         "groups": ["g"],
+        "demonstrations": ["d"],
         "prompt": "<image>why?",
-        "raw_output": "o.",
+        "images": ["a.jpg"],
+        "raw_output": " o",
+        "finish_reason": "stop",
         "output": "o",
         "reference": "r",
         "references": [],
@@ -220,8 +232,8 @@ def test_results_are_written_and_read_back(tmp_path):
 
 
 def test_table_shows_every_figure():
-    lines = table({"t": figures([measured("a", 1.0), measured("b", 1.0)])}).splitlines()
-    assert [line.split()[:3] for line in lines[1:]] == [["t", "all", "m"], ["t", "g", "m"]]
+    lines = console(figures_table([result(measured("a", 1.0), measured("b", 1.0))])).splitlines()
+    assert [line.split()[:4] for line in lines[1:]] == [["t", "0", ALL, "m"], ["t", "0", "g", "m"]]
     assert "1.000 [1.000, 1.000]" in lines[1]
 
 
@@ -250,17 +262,14 @@ def test_weightless_measures_are_zero():
 def test_published_figures_stand_beside_a_runs():
     own = Interval(mean=0.5, low=0.45, high=0.55, count=10)
     results = {"vqav2": {"accuracy": own}, "coco": {"cider": own}, "docvqa": {"anls": own}}
-    lines = beside_published(results, shots=8, name="ours").splitlines()
-    assert lines == [
-        "| task, 8 shots | measure | ours | MM1-3B | MM1-7B | MM1-30B |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| coco | cider | 50.0 [45.0, 55.0] | 114.6 | 116.3 | 123.1 |",
-        "| vqav2 | accuracy | 50.0 [45.0, 55.0] | 63.6 | 63.6 | 70.9 |",
+    assert beside_published(results, shots=8, name="ours") == [
+        ["task, 8 shots", "measure", "ours", "MM1-3B", "MM1-7B", "MM1-30B"],
+        ["coco", "cider", "50.0 [45.0, 55.0]", "114.6", "116.3", "123.1"],
+        ["vqav2", "accuracy", "50.0 [45.0, 55.0]", "63.6", "63.6", "70.9"],
     ]
-    assert "44.4 (chain of thought, mixed resolution)" in beside_published(
-        {"mathvista": {"accuracy": own}}, shots=8, name="ours"
-    )
-    assert beside_published(results, shots=4, name="ours").splitlines()[0] == "| task, 4 shots | measure | ours |"
+    [_, reasoned] = beside_published({"mathvista": {"accuracy": own}}, shots=8, name="ours")
+    assert reasoned[-1] == "44.4 (chain of thought, mixed resolution)"
+    assert beside_published(results, shots=4, name="ours")[0] == ["task, 4 shots", "measure", "ours"]
     assert {one.task for one in PUBLISHED} == set(MEASURES)
 
 

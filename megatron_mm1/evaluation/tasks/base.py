@@ -34,6 +34,7 @@ class Benchmark(ABC):
     form: Template = QUESTION
     stopping: Stopping = QUESTION_STOPPING
     metric: Metric
+    headline: str = "accuracy"
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -68,6 +69,7 @@ class CaptionBenchmark(Benchmark):
     form = CAPTION
     stopping = CAPTION_STOPPING
     metric = staticmethod(cider)
+    headline = "cider"
 
 
 class OpenQuestionBenchmark(Benchmark):

@@ -21,6 +21,7 @@ class ChartQA(Benchmark):
 
     stopping = ANSWER_STOPPING
     metric = staticmethod(relaxed_accuracy)
+    headline = "relaxed_accuracy"
 
     def evaluation_records(self) -> Records:
         return chain.from_iterable(self._records("test", writer) for writer in _WRITERS)

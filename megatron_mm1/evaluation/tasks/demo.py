@@ -39,6 +39,7 @@ class DemoCaptions:
     """
 
     stopping = Stopping(max_new_tokens=24)
+    headline = "choice_accuracy"
     num_distractors = 9
 
     def __init__(self, corpus: Path = DEMO_CORPUS) -> None:
@@ -92,6 +93,7 @@ class DemoQuestions:
     """
 
     stopping = Stopping(max_new_tokens=8)
+    headline = "accuracy"
     num_questions = 2000
 
     def __init__(self, corpus: Path = DEMO_CORPUS) -> None:

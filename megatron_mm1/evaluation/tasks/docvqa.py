@@ -18,6 +18,7 @@ class DocVQA(Benchmark):
 
     stopping = ANSWER_STOPPING
     metric = staticmethod(anls)
+    headline = "anls"
 
     def evaluation_records(self) -> Records:
         return self._records("val")

@@ -22,6 +22,7 @@ class POPE(Benchmark):
     """Figures over all questions and by strategy; published ones are often the mean of the three strategies' F1."""
 
     metric = staticmethod(pope)
+    headline = "f1"
 
     def evaluation_records(self) -> Records:
         return chain.from_iterable(map(self._records, _STRATEGIES))
