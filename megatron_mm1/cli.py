@@ -60,9 +60,14 @@ def train(argv: Sequence[str]) -> None:
     from megatron_mm1.config.loading import load_config
 
     config = load_config(argv)
+    evaluation = None
+    if config.evaluation.interval:
+        from megatron_mm1.evaluation.in_training import live_evaluation
+
+        evaluation = live_evaluation(config)
     from megatron_mm1.training.trainer import train
 
-    train(config)
+    train(config, evaluation=evaluation)
 
 
 def parity(argv: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """The work of an evaluation, shared out over the copies of the model and done once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,14 @@ def ask(
     *,
     copies: Copies,
     journal: Journal | None = None,
-    show_progress: bool = True,
+    on_chunk: Callable[[], None] | None = None,
 ) -> list[Outcomes]:
     """What the model makes of each item of each condition, on every rank; all ranks call this.
 
     Args:
         copies: of the model; each answers its share of the chunks. Which chunks there are does not depend on them.
         journal: what has been answered before and need not be again, and where new answers are noted.
+        on_chunk: called after each chunk, in place of a progress bar.
     """
     chunks = list(_chunks(conditions))
     known = _from_rank_0(journal.read() if journal is not None and _rank() == 0 else {})
@@ -62,7 +63,7 @@ def ask(
     waiting = list({chunk.digest: chunk for chunk in chunks if chunk.digest not in known}.values())
     share = waiting[copies.index :: copies.count]
     answered: dict[str, Outcomes] = {}
-    is_silent = None if show_progress and _rank() == 0 else True  # None: shown on a terminal only
+    is_silent = None if on_chunk is None and _rank() == 0 else True  # None: shown on a terminal only
     with tqdm(total=sum(len(chunk.requests) for chunk in share), unit="item", disable=is_silent) as progress:
         for chunk in share:
             progress.set_description(chunk.condition.label)
@@ -72,6 +73,8 @@ def ask(
             if journal is not None and copies.speaks:
                 journal.add(chunk.digest, outcomes, writer=copies.index)
             progress.update(len(chunk.requests))
+            if on_chunk is not None:
+                on_chunk()
     for part in _gathered(answered if copies.speaks else {}):
         known |= part
     outcomes_in_order = iter([outcome for chunk in chunks for outcome in known[chunk.digest]])

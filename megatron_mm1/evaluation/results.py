@@ -91,10 +91,11 @@ def figures(measured: Sequence[MeasuredItem]) -> Figures:
     """Means over all items and over each group, with intervals."""
     groups = sorted({group for one in measured for group in one.item.groups})
     members = {ALL: measured} | {group: [one for one in measured if group in one.item.groups] for group in groups}
-    return {group: _intervals(items) for group, items in members.items()}
+    return {group: overall(items) for group, items in members.items()}
 
 
-def _intervals(measured: Sequence[MeasuredItem]) -> dict[str, Interval]:
+def overall(measured: Sequence[MeasuredItem]) -> dict[str, Interval]:
+    """The mean of each measure over all items that have it."""
     intervals = {}
     for name in dict.fromkeys(name for one in measured for name in one.measures):
         having = [one for one in measured if name in one.measures]

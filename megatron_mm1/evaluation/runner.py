@@ -1,7 +1,7 @@
 """Evaluates a checkpoint."""
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -118,14 +118,22 @@ def evaluate(
 
 
 def run(
-    responder: Responder, conditions: Sequence[Condition], *, copies: Copies = ONE_COPY, journal: Journal | None = None
+    responder: Responder,
+    conditions: Sequence[Condition],
+    *,
+    copies: Copies = ONE_COPY,
+    journal: Journal | None = None,
+    on_chunk: Callable[[], None] | None = None,
 ) -> list[Result]:
     """The result of each condition, on every rank.
+
+    Args:
+        copies, journal, on_chunk: see `ask`.
 
     Raises:
         UserError: not one item of a condition was answered.
     """
-    outcomes = ask(responder, conditions, copies=copies, journal=journal)
+    outcomes = ask(responder, conditions, copies=copies, journal=journal, on_chunk=on_chunk)
     return [measure(condition, of_it) for condition, of_it in zip(conditions, outcomes, strict=True)]
 
 

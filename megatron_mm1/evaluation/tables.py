@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_mm1.evaluation.published import PUBLISHED, beside_published
-from megatron_mm1.evaluation.results import ALL, Result, by_task, control_of, differences, figures
+from megatron_mm1.evaluation.results import ALL, Result, by_task, control_of, differences, figures, overall
 from megatron_mm1.evaluation.template import prompt_text
 
 Table = list[list[str]]
@@ -34,7 +34,7 @@ def published_tables(results: Sequence[Result], *, name: str) -> list[Table]:
     tables = []
     own = [one for one in results if not one.is_control]
     for shots in sorted({one.settings.shots for one in own} & {one.shots for one in PUBLISHED}):
-        measured = {one.task: figures(one.measured)[ALL] for one in own if one.settings.shots == shots}
+        measured = {one.task: overall(one.measured) for one in own if one.settings.shots == shots}
         table = beside_published(measured, shots=shots, name=name)
         if len(table) > 1 and len(table[0]) > 3:  # some task of ours, and some model of theirs
             tables.append(table)

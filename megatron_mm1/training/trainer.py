@@ -1,9 +1,10 @@
 """The trainer: everything a run does, from top to bottom."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -27,7 +28,7 @@ from megatron_mm1.parallel.groups import (
     launcher_ranks,
 )
 from megatron_mm1.planning.fp8 import check_fp8_shapes
-from megatron_mm1.training.build import build_model, build_optimizer, component_learning_rates
+from megatron_mm1.training.build import Model, build_model, build_optimizer, component_learning_rates
 from megatron_mm1.training.checkpointing import load_checkpoint, load_weights, training_state
 from megatron_mm1.training.figures import Window, introduction
 from megatron_mm1.training.logging import RunLogger, console_line
@@ -38,12 +39,31 @@ from megatron_mm1.training.step import StepStatistics, train_step
 from megatron_mm1.training.validation import validate_model
 
 
-def train(config: MM1Config) -> None:
+class LiveEvaluation(Protocol):
+    """Evaluates a model between two steps; the weights, and whatever else training depends on, stay as they are."""
+
+    def __call__(
+        self, model: Model, *, pg_collection: ProcessGroupCollection, moves: Callable[[], None]
+    ) -> Mapping[str, float]:
+        """Figures by name, on every rank; every rank calls it.
+
+        Args:
+            moves: is called from time to time, so that nobody takes the job for stuck.
+        """
+        ...
+
+
+def train(config: MM1Config, *, evaluation: LiveEvaluation | None = None) -> None:
     """Train as `config` says: from scratch, from `checkpoint.load`, or on from this run's newest checkpoint.
+
+    Args:
+        evaluation: what is called every `evaluation.interval` steps.
 
     Raises:
         UserError: the configuration, the data or the checkpoint does not allow the run; nothing has been written.
     """
+    if config.evaluation.interval and evaluation is None:
+        raise UserError("evaluation.interval is set, and this run was started without an evaluation: use mm1 train")
     validate(config, world_size=launcher_ranks()[1])
     check_fp8_shapes(config)
     backend = layer_backend(config)
@@ -63,7 +83,7 @@ def train(config: MM1Config) -> None:
         ) as pulse:
             check_ranks_agree(start)
             groups = build_process_groups(parallel, seed=config.training.seed)
-            Run(config, backend=backend, tokenizer=tokenizer, start=start, groups=groups, pulse=pulse).train()
+            Run(config, backend=backend, tokenizer=tokenizer, start=start, groups=groups, pulse=pulse).train(evaluation)
             torch.distributed.barrier()
         destroy_process_groups()
     finally:
@@ -151,12 +171,14 @@ class Run:
         )
         self.iteration, self.consumed = start.metadata.iteration, start.metadata.consumed_sequences
 
-    def train(self) -> None:
-        """Step until `train_iters`, with validation, logs and checkpoints at their intervals."""
+    def train(self, evaluation: LiveEvaluation | None = None) -> None:
+        """Step until `train_iters`, with validation, evaluation, logs and checkpoints at their intervals."""
         training, last = self.config.training, self.config.training.train_iters
         window = Window(self.config)
         if training.eval_interval and self.iteration < last:
             self.validate()
+        if evaluation is not None and self.iteration < last:
+            self.evaluate(evaluation)
         while self.iteration < last:
             rates = component_learning_rates(self.config, self.optimizer)  # of this step; the scheduler then moves on
             is_logged = self._is_due(self.config.logging.log_interval)
@@ -171,8 +193,10 @@ class Run:
                 self.logger.record("train", self.iteration, figures)
                 self.logger.say(console_line(figures, train_iters=last))
                 window = Window(self.config, skipped=window.skipped, nan=window.nan)
-            if training.eval_interval and (self.iteration % training.eval_interval == 0 or self.iteration == last):
+            if training.eval_interval and self._has_come(training.eval_interval):
                 self.validate()
+            if evaluation is not None and self._has_come(self.config.evaluation.interval):
+                self.evaluate(evaluation)
             save_interval = self.config.checkpoint.save_interval
             if self.iteration == last:
                 self.saver.max_failures = 0  # nothing comes after it
@@ -186,6 +210,10 @@ class Run:
         """Whether something done every `interval` steps and after the last is due after the coming step."""
         coming = self.iteration + 1
         return coming % interval == 0 or coming == self.config.training.train_iters
+
+    def _has_come(self, interval: int) -> bool:
+        """As `_is_due`, after the step."""
+        return self.iteration % interval == 0 or self.iteration == self.config.training.train_iters
 
     def step(self, window: Window, *, with_component_norms: bool) -> StepStatistics:
         """One optimizer step on the next global batch, counted in `window`."""
@@ -216,6 +244,16 @@ class Run:
         self.logger.record("validation", self.iteration, losses)
         text = " | ".join(f"{name}: {loss:.4f}" for name, loss in losses.items())
         self.logger.say(f" validation at iteration {self.iteration} | {text} |")
+
+    def evaluate(self, evaluation: LiveEvaluation) -> None:
+        def moves() -> None:
+            self.pulse.enter("evaluation", step=self.iteration)
+
+        moves()
+        figures = evaluation(self.model, pg_collection=self.groups, moves=moves)
+        self.logger.record("evaluation", self.iteration, figures)
+        text = " | ".join(f"{name}: {value:.4f}" for name, value in figures.items())
+        self.logger.say(f" evaluation at iteration {self.iteration} | {text} |")
 
     def save(self) -> None:
         self.pulse.enter("checkpoint", step=self.iteration)
