@@ -17,6 +17,7 @@ from megatron_mm1.evaluation.report import Figures, MeasuredItem, samples, table
 from megatron_mm1.evaluation.task import Item, Outcome, Task, build_task
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.loading import AS_TRAINED, ParallelSizes, open_engine
+from megatron_mm1.inference.requests import Failure, GenerationRequest, ScoringRequest
 
 CONTACT_SHEET = "contact_sheet.png"
 _ITEMS_AT_A_TIME = 64
@@ -89,7 +90,7 @@ def evaluate(
 
 def run_items(engine: Engine, task: Task, items: Sequence[Item], *, label: str) -> list[Outcome]:
     """The outcome of each item, on every rank; each copy of the model does its share of the items."""
-    share = range(engine.replica, len(items), engine.num_replicas)
+    share = range(engine.replica.index, len(items), engine.replica.count)
     done: dict[int, Outcome] = {}
     # None: shown on a terminal only.
     is_silent = None if torch.distributed.get_rank() == 0 else True
@@ -99,7 +100,7 @@ def run_items(engine: Engine, task: Task, items: Sequence[Item], *, label: str) 
             done.update(zip(indices, _run_together(engine, task, [items[i] for i in indices]), strict=True))
             progress.update(len(indices))
     gathered: list[dict[int, Outcome]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, done if engine.is_replica_leader else {})
+    torch.distributed.all_gather_object(gathered, done if engine.replica.is_leader else {})
     everything = {index: outcome for part in gathered for index, outcome in part.items()}
     return [everything[index] for index in range(len(items))]
 
@@ -107,13 +108,26 @@ def run_items(engine: Engine, task: Task, items: Sequence[Item], *, label: str) 
 def _run_together(engine: Engine, task: Task, items: Sequence[Item]) -> list[Outcome]:
     texts = [""] * len(items)
     if task.max_new_tokens:
-        texts = engine.generate([item.prompt for item in items], max_new_tokens=task.max_new_tokens)
+        requests = [GenerationRequest(prompt=item.prompt, max_new_tokens=task.max_new_tokens) for item in items]
+        texts = [answered(answer).text for answer in engine.generate(requests)]
     pairs = [pair for item in items for pair in item.scored]
-    scores = iter(engine.score([prompt for prompt, _ in pairs], [text for _, text in pairs]))
+    answers = engine.score([ScoringRequest(prompt=prompt, continuation=text) for prompt, text in pairs])
+    scores = iter([answered(answer) for answer in answers])
     return [
         Outcome(text=text.strip(), scores=tuple(next(scores) for _ in item.scored))
         for item, text in zip(items, texts, strict=True)
     ]
+
+
+def answered[Answer](answer: Answer | Failure) -> Answer:
+    """The answer to a request.
+
+    Raises:
+        UserError: it could not be answered.
+    """
+    if isinstance(answer, Failure):
+        raise UserError(answer.message)
+    return answer
 
 
 def _identity(checkpoint: Path) -> dict[str, Any]:

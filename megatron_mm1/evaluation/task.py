@@ -6,7 +6,7 @@ from typing import Protocol
 
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.extension import resolve
-from megatron_mm1.inference.engine import Score
+from megatron_mm1.inference.requests import Score
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megatron_mm1.evaluation.contact_sheet import Panel, write_contact_sheet
 from megatron_mm1.evaluation.demo_tasks import DemoCaptions, DemoQuestions, question_type
 from megatron_mm1.evaluation.report import MeasuredItem, figures, read_figures, table, write_results
 from megatron_mm1.evaluation.task import Item, Measure, Outcome, build_task, prompt_text
-from megatron_mm1.inference.engine import Score
+from megatron_mm1.inference.requests import Score
 
 
 def png(colour) -> bytes:
@@ -47,7 +47,7 @@ def corpus(tmp_path):
 
 def scores(*losses: float) -> tuple[Score, ...]:
     """Scores of four tokens with the given losses per token."""
-    return tuple(Score(log_likelihood=-4 * loss, num_tokens=4) for loss in losses)
+    return tuple(Score((-loss,) * 4) for loss in losses)
 
 
 @pytest.mark.parametrize(
