@@ -16,7 +16,6 @@ from megatron_mm1.evaluation.answers import Responder
 from megatron_mm1.evaluation.asking import ONE_COPY, Copies, ask
 from megatron_mm1.evaluation.fewshot import FewShot
 from megatron_mm1.evaluation.journal import Journal
-from megatron_mm1.evaluation.old_engine import OldEngine
 from megatron_mm1.evaluation.plan import ZERO_SHOT_SERIES, Condition, Series, plan
 from megatron_mm1.evaluation.report import write_report
 from megatron_mm1.evaluation.results import Result, measure
@@ -108,7 +107,7 @@ def evaluate(
     with open_engine(checkpoint, sizes=sizes) as engine:
         parallel = asdict(engine.config.parallel)
         journal = Journal(output / _JOURNAL, model=_digest(identity, parallel))
-        results = run(OldEngine(engine), conditions, copies=copies_of(engine), journal=journal)
+        results = run(engine, conditions, copies=copies_of(engine), journal=journal)
         sees_images, is_writer = not engine.config.data.text_only, torch.distributed.get_rank() == 0
     if not is_writer:
         return None
@@ -138,7 +137,8 @@ def run(
 
 
 def copies_of(engine: Engine) -> Copies:
-    return Copies(count=engine.num_replicas, index=engine.replica, speaks=engine.is_replica_leader)
+    replica = engine.replica
+    return Copies(count=replica.count, index=replica.index, speaks=replica.is_leader)
 
 
 def _described(series: Series) -> dict[str, Any]:

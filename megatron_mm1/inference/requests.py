@@ -54,6 +54,9 @@ class Sampling:
 
 GREEDY = Sampling()
 
+FinishReason = Literal["end", "stop", "length"]
+"""The model ended the text, a stop string came, or as many tokens as were asked for are there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
@@ -87,12 +90,11 @@ class Generation:
         text: without the stop string.
         token_ids: as chosen, without the end of text; where a stop string ended the text, up to the token that
             completed it.
-        finish_reason: "end" the model ended the text, "stop" a stop string came, "length" `max_new_tokens` are there.
     """
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: Literal["end", "stop", "length"]
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True, kw_only=True)

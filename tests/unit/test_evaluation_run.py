@@ -14,7 +14,7 @@ from megatron_mm1.data.records import Image, Text
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation import asking
 from megatron_mm1.evaluation.asking import Copies
-from megatron_mm1.evaluation.items import Candidate, ImageFile, Item, Split
+from megatron_mm1.evaluation.items import Candidate, ImageFile
 from megatron_mm1.evaluation.journal import Journal
 from megatron_mm1.evaluation.metrics.strings import exact_match
 from megatron_mm1.evaluation.plan import Series, plan
@@ -22,43 +22,9 @@ from megatron_mm1.evaluation.report import write_report
 from megatron_mm1.evaluation.results import ALL, differences, figures
 from megatron_mm1.evaluation.runner import _folders, run
 from megatron_mm1.evaluation.tables import refusals, verdicts
-from megatron_mm1.evaluation.template import QUESTION, Stopping
+from megatron_mm1.evaluation.template import Stopping
 from megatron_mm1.inference.requests import Failure, Generation, Score
-
-WORDS = {0: "blicket", 1: "dax", 2: "wug"}
-"""By the channel that is brightest in a picture; no picture is twice there."""
-
-
-class NewWords:
-    """Which word goes with a picture is said in demonstrations only."""
-
-    stopping = Stopping(max_new_tokens=4)
-    headline = "exact_match"
-
-    def __init__(self, folder: Path, *, num_items: int = 40) -> None:
-        self._items = tuple(_item(folder, f"query {number}", number) for number in range(num_items))
-        self._pool = tuple(_item(folder, f"demonstration {number}", number) for number in range(30))
-
-    def items(self) -> Split:
-        return Split.of(self._items, source="queries")
-
-    def demonstrations(self) -> Split:
-        return Split.of(self._pool, source="demonstrations")
-
-    def template(self, item):
-        return QUESTION
-
-    def measure(self, items, outcomes):
-        return exact_match(items, [outcome.text for outcome in outcomes])
-
-
-def _item(folder: Path, key: str, number: int) -> Item:
-    path = folder / f"{key}.png"
-    if not path.exists():
-        pixels = np.random.default_rng(list(key.encode())).integers(0, 100, (8, 8, 3), np.uint8)
-        pixels[..., number % 3] += 120
-        PIL.Image.fromarray(pixels).save(path)
-    return Item(key=key, images=(ImageFile(path),), question="what is it?", answer=WORDS[number % 3])
+from tests.new_words import NewWords
 
 
 class Copycat:
