@@ -352,6 +352,24 @@ class FaultsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Tasks that a run evaluates on its weights as they are; the training does not notice."""
+
+    interval: int = 0
+    """Steps between evaluations, of which one comes before the first step and one after the last. 0: none."""
+    tasks: tuple[str, ...] = ()
+    """Built-in names or import paths, as for mm1 eval."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Folder of a task's data, by task; not of those that know their own."""
+    shots: tuple[int, ...] = (0,)
+    """Numbers of demonstrations, each evaluated."""
+    limit: int | None = 256
+    """Items per task at most; None: all."""
+    seed: int = 0
+    """Of the choice of demonstrations."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     log_interval: int = 10
     """Steps between console lines."""
@@ -375,6 +393,7 @@ class MM1Config:
     fp8: Fp8Config = field(default_factory=Fp8Config)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run_dir: str = "runs/mm1"
     """Checkpoints, logs and the resolved configuration go here."""

@@ -81,6 +81,8 @@ MINIMUM: dict[str, int] = {
     "faults.max_rollbacks": 1,
     "faults.hang_timeout_seconds": 1,
     "faults.straggler_factor": 0,
+    "evaluation.interval": 0,
+    "evaluation.limit": 1,
     "logging.log_interval": 1,
 }
 """The smallest legal value of each key that counts or measures something; null is legal where the schema has it."""
@@ -351,6 +353,19 @@ def _faults(config: MM1Config, world_size: int) -> Iterator[str]:
         )
 
 
+def _evaluation(config: MM1Config, world_size: int) -> Iterator[str]:
+    evaluation = config.evaluation
+    if evaluation.interval and not evaluation.tasks:
+        yield f"evaluation.interval {evaluation.interval} without a task: name some in evaluation.tasks, or use 0"
+    if evaluation.tasks and not evaluation.interval:
+        yield f"evaluation.tasks {', '.join(evaluation.tasks)} without evaluation.interval: say how often"
+    if not evaluation.shots or min(evaluation.shots) < 0:
+        yield f"evaluation.shots {list(evaluation.shots)}: give numbers of demonstrations, 0 for none"
+    for task in evaluation.data:
+        if task not in evaluation.tasks:
+            yield f"evaluation.data names {task}, which is not among evaluation.tasks: add it, or leave it out"
+
+
 RULES = (
     Rule(("model.decoder",), _decoder_shape),
     Rule(("model.decoder", "parallel.tensor"), layout_rules.decoder_tensor_parallel),
@@ -372,6 +387,7 @@ RULES = (
     Rule(("fp8", "model.decoder.num_layers", "parallel.pipeline"), _fp8),
     Rule((), _checkpoint),
     Rule(("faults", "parallel.distributed_timeout"), _faults),
+    Rule(("evaluation",), _evaluation),
 )
 
 

@@ -177,7 +177,7 @@ def run_batches(
     tokens.
     """
     if uses_fp8(config.fp8):
-        _renew_fp8_weights(model)
+        renew_fp8_weights(model)
     num_sources = max(len(config.data.sources), len(config.data.validation), 1)
     rows, seq_length = batches[0].tokens.shape
     pp_size = pg_collection.pp.size()
@@ -199,14 +199,14 @@ def run_batches(
     return _global_statistics(outputs, num_sources, pg_collection)
 
 
-def _renew_fp8_weights(model: Model) -> None:
+def renew_fp8_weights(model: Sequence[torch.nn.Module]) -> None:
     """Layers that multiply in FP8 keep a copy of their weights from one microbatch to the next: make the coming one
     renew it. megatron-core's schedules do so where the decoder is in FP8, and not where the tower or the experts are.
     """
     for chunk in model:
         for module in chunk.modules():
             if hasattr(module, "is_first_microbatch"):
-                module.is_first_microbatch = True
+                module.is_first_microbatch = True  # type: ignore[assignment]
 
 
 def _forward_step(

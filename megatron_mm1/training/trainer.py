@@ -1,11 +1,12 @@
 """The trainer: everything a run does, from top to bottom."""
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,6 +20,7 @@ from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.loader import train_batches, validation_batches
 from megatron_mm1.data.plan import training_data
 from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_mm1.errors import UserError
 from megatron_mm1.faults.stacks import stacks_on_signal
 from megatron_mm1.faults.watch import Pulse, watched
 from megatron_mm1.parallel.device import layer_backend
@@ -29,7 +31,7 @@ from megatron_mm1.parallel.groups import (
     launcher_ranks,
 )
 from megatron_mm1.planning.fp8 import check_fp8_shapes
-from megatron_mm1.training.build import component_learning_rates
+from megatron_mm1.training.build import Model, component_learning_rates
 from megatron_mm1.training.figures import Window, introduction
 from megatron_mm1.training.guard import Guard
 from megatron_mm1.training.interruption import Interruption, interruptible
@@ -44,8 +46,25 @@ from megatron_mm1.training.step import StepStatistics, pass_over, train_step
 from megatron_mm1.training.validation import validate_model
 
 
-def train(config: MM1Config) -> bool:
+class LiveEvaluation(Protocol):
+    """Evaluates a model between two steps; the weights, and whatever else training depends on, stay as they are."""
+
+    def __call__(
+        self, model: Model, *, pg_collection: ProcessGroupCollection, moves: Callable[[], None]
+    ) -> Mapping[str, float]:
+        """Figures by name, on every rank; every rank calls it.
+
+        Args:
+            moves: is called from time to time, so that nobody takes the job for stuck.
+        """
+        ...
+
+
+def train(config: MM1Config, *, evaluation: LiveEvaluation | None = None) -> bool:
     """Train as `config` says: from scratch, from `checkpoint.load`, or on from this run's newest checkpoint.
+
+    Args:
+        evaluation: what is called every `evaluation.interval` steps.
 
     Returns:
         Whether it came to its last step; False: a signal ended it earlier, with a checkpoint to go on from.
@@ -54,6 +73,8 @@ def train(config: MM1Config) -> bool:
         UserError: the configuration, the data or the checkpoint does not allow the run, and nothing has been written;
             or `faults` has ended it.
     """
+    if config.evaluation.interval and evaluation is None:
+        raise UserError("evaluation.interval is set, and this run was started without an evaluation: use mm1 train")
     validate(config, world_size=launcher_ranks()[1])
     check_fp8_shapes(config)
     backend = layer_backend(config)
@@ -89,7 +110,7 @@ def train(config: MM1Config) -> bool:
                 interruption=interruption,
             )
             with stacks_on_signal(stacks, rank):
-                run.train()
+                run.train(evaluation)
             torch.distributed.barrier()
         destroy_process_groups()
         return run.iteration >= config.training.train_iters
@@ -163,12 +184,15 @@ class Run:
         """Optimizer steps taken."""
         return self.progress.iteration
 
-    def train(self) -> None:
-        """Step until `train_iters` or an interruption, with validation, logs and checkpoints at their intervals."""
+    def train(self, evaluation: LiveEvaluation | None = None) -> None:
+        """Step until `train_iters` or an interruption, with validation, evaluation, logs and checkpoints at their
+        intervals."""
         training, last = self.config.training, self.config.training.train_iters
         window = Window(self.config)
         if training.eval_interval and self.iteration < last:
             self.validate()
+        if evaluation is not None and self.iteration < last:
+            self.evaluate(evaluation)
         ends = self.iteration >= last
         while not ends:
             self.interruption.begin()
@@ -187,9 +211,10 @@ class Run:
                 self._log(window, statistics, rates)
                 window = Window(self.config, skipped=window.skipped, nan=window.nan)
             ends = is_interrupted or self.iteration == last
-            is_validated = self.iteration == last or (not ends and self._is_multiple(training.eval_interval))
-            if training.eval_interval and is_validated:
+            if self._has_come(training.eval_interval, ends=ends):
                 self.validate()
+            if evaluation is not None and self._has_come(self.config.evaluation.interval, ends=ends):
+                self.evaluate(evaluation)
             if ends:
                 self.saver.max_failures = 0  # nothing comes after it
             if ends or self._is_multiple(self.config.checkpoint.save_interval):
@@ -207,6 +232,12 @@ class Run:
 
     def _is_multiple(self, interval: int) -> bool:
         return bool(interval) and self.iteration % interval == 0
+
+    def _has_come(self, interval: int, *, ends: bool) -> bool:
+        """Whether a look at the model is due after this step: at the interval and at the last step, not where the run
+        was interrupted."""
+        is_last = self.iteration == self.config.training.train_iters
+        return bool(interval) and (is_last or (not ends and self._is_multiple(interval)))
 
     def _log(self, window: Window, statistics: StepStatistics, rates: Mapping[str, float]) -> None:
         """The figures of the steps since the last ones, and the ranks that lagged behind in this step."""
@@ -278,6 +309,16 @@ class Run:
         self.logger.record("validation", self.iteration, losses)
         text = " | ".join(f"{name}: {loss:.4f}" for name, loss in losses.items())
         self.logger.say(f" validation at iteration {self.iteration} | {text} |")
+
+    def evaluate(self, evaluation: LiveEvaluation) -> None:
+        def moves() -> None:
+            self.pulse.enter("evaluation", step=self.iteration)
+
+        moves()
+        figures = evaluation(self.progress.model, pg_collection=self.groups, moves=moves)
+        self.logger.record("evaluation", self.iteration, figures)
+        text = " | ".join(f"{name}: {value:.4f}" for name, value in figures.items())
+        self.logger.say(f" evaluation at iteration {self.iteration} | {text} |")
 
     def save(self) -> None:
         self.pulse.enter("checkpoint", step=self.iteration)
