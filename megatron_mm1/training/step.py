@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.derived import uses_fp8
 from megatron_mm1.data.batch import IGNORE, PackedBatch
 from megatron_mm1.parallel.context import local_positions
 from megatron_mm1.parallel.device import device
 from megatron_mm1.training.build import Model, unwrap
+from megatron_mm1.training.freezing import frozen_components, hold_weights, without_gradients
 from megatron_mm1.training.gradients import component_gradient_norms
 
 
@@ -81,10 +83,15 @@ def train_step(
         with_component_norms: also compute gradient norms by component.
     """
     optimizer.zero_grad()
-    losses = forward_backward(config, model, batches, pg_collection=pg_collection)
+    consumed = int(scheduler.num_steps)
+    frozen = frozen_components(config.training, consumed_sequences=consumed)
+    with without_gradients(model, frozen):
+        losses = forward_backward(config, model, batches, pg_collection=pg_collection)
+    hold_weights(optimizer, frozen)
     norms = component_gradient_norms(model, optimizer, pg_collection=pg_collection) if with_component_norms else None
     grad_norm, updated = update_weights(config, optimizer, unless=not math.isfinite(losses.loss))
-    scheduler.step(increment=config.training.global_batch_size)
+    batch_sizes = BatchSizes.of(config.training)
+    scheduler.step(increment=batch_sizes.at(batch_sizes.step_of(consumed)))
     return StepStatistics(losses=losses, grad_norm=grad_norm, component_grad_norms=norms, skipped=not updated)
 
 

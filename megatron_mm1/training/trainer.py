@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.checkpoint.format import CheckpointMetadata
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.serialization import to_dict, to_yaml
 from megatron_mm1.config.validation import validate
 from megatron_mm1.data.balance import Dealer
@@ -30,6 +31,7 @@ from megatron_mm1.planning.fp8 import check_fp8_shapes
 from megatron_mm1.training.build import build_model, build_optimizer, component_learning_rates
 from megatron_mm1.training.checkpointing import load_checkpoint, load_weights, training_state
 from megatron_mm1.training.figures import Window, introduction
+from megatron_mm1.training.freezing import frozen_components
 from megatron_mm1.training.logging import RunLogger, console_line
 from megatron_mm1.training.resume import Start, check_ranks_agree, starting_point
 from megatron_mm1.training.routing import routing_figures
@@ -103,9 +105,7 @@ class Run:
         if start is not None:
             self._load(start)
 
-        self.num_microbatches = config.training.global_batch_size // (
-            config.training.micro_batch_size * groups.dp.size()
-        )
+        self.batch_sizes = BatchSizes.of(config.training)
         self.batches: Iterator[PackedBatch] = train_batches(
             config, tokenizer=tokenizer, consumed_sequences=self.consumed, data=self.data, **place
         )
@@ -119,6 +119,8 @@ class Run:
             self.logger.say(f" starting from {start.checkpoint}")
             if self.missing:
                 self.logger.say(f" not in it, and so drawn anew: {', '.join(self.missing)}")
+            for change in start.changes:
+                self.logger.say(f" {change} from step {self.iteration + 1:,} on")
             if self.goes_on_with_other_data:
                 self.logger.say(f" on another data plan than it was trained on, from sequence {self.consumed:,}")
         checkpoints = config.checkpoint
@@ -158,7 +160,7 @@ class Run:
         if training.eval_interval and self.iteration < last:
             self.validate()
         while self.iteration < last:
-            rates = component_learning_rates(self.config, self.optimizer)  # of this step; the scheduler then moves on
+            rates = self.learning_rates()  # of this step; the scheduler then moves on
             is_logged = self._is_due(self.config.logging.log_interval)
             statistics = self.step(window, with_component_norms=is_logged)
             self.saver.poll()
@@ -182,6 +184,11 @@ class Run:
         self.saver.wait()
         self.logger.close()
 
+    def learning_rates(self) -> dict[str, float]:
+        """Of the coming step, by component; 0 for those that do not train yet."""
+        frozen = frozen_components(self.config.training, consumed_sequences=self.consumed)
+        return component_learning_rates(self.config, self.optimizer) | dict.fromkeys(frozen, 0.0)
+
     def _is_due(self, interval: int) -> bool:
         """Whether something done every `interval` steps and after the last is due after the coming step."""
         coming = self.iteration + 1
@@ -191,7 +198,8 @@ class Run:
         """One optimizer step on the next global batch, counted in `window`."""
         self.pulse.enter("data", step=self.iteration + 1)
         started = time.perf_counter()
-        microbatches = list(islice(self.batches, self.num_microbatches))
+        sequences = self.batch_sizes.at(self.iteration)
+        microbatches = list(islice(self.batches, self._num_microbatches(sequences)))
         waited = time.perf_counter() - started
         self.pulse.enter("step", step=self.iteration + 1)
         statistics = train_step(
@@ -204,11 +212,15 @@ class Run:
             with_component_norms=with_component_norms,
         )
         seconds = time.perf_counter() - started
-        images_per_rank = self.dealer.images_per_rank(self.consumed // self.config.training.global_batch_size)
-        window.add(statistics, images_per_rank, seconds=seconds, waited=waited)
+        images_per_rank = self.dealer.images_per_rank(self.iteration)
+        window.add(statistics, images_per_rank, sequences=sequences, seconds=seconds, waited=waited)
         self.iteration += 1
-        self.consumed += self.config.training.global_batch_size
+        self.consumed += sequences
         return statistics
+
+    def _num_microbatches(self, sequences: int) -> int:
+        """Of this rank in a global batch of so many sequences."""
+        return sequences // (self.config.training.micro_batch_size * self.groups.dp.size())
 
     def validate(self) -> None:
         self.pulse.enter("validation", step=self.iteration)
