@@ -17,12 +17,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
-from megatron_mm1.config import MM1Config
+from megatron_mm1.config import MM1Config, OptimizerConfig
 from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.model.mm1 import MM1Model
 from megatron_mm1.parallel.device import device
 from megatron_mm1.training.accumulation import accumulate_in_place
+from megatron_mm1.training.adafactor import AdaFactor
 
 Model = list[DistributedDataParallel]
 """A rank's part of the model: one stage, or several in turns under virtual pipelining."""
@@ -107,13 +108,14 @@ def build_optimizer(
     *,
     pg_collection: ProcessGroupCollection,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW with a learning rate per component, and linear warm-up followed by a cosine.
+    """AdamW or AdaFactor with a learning rate per component, and linear warm-up followed by a cosine.
 
     Norms and biases (one-dimensional parameters) are not decayed, as in Megatron.
     """
     settings, training = config.optimizer, config.training
     megatron_config = MegatronOptimizerConfig(
-        optimizer="adam",
+        # megatron-core has no AdaFactor: what it wraps around plain gradient descent is wrapped around it.
+        optimizer="adam" if settings.optimizer == "adamw" else "sgd",
         lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
         weight_decay=settings.weight_decay,
@@ -131,7 +133,9 @@ def build_optimizer(
         megatron_config, model, overrides, use_gloo_process_groups=False, pg_collection=pg_collection
     )
     for part in optimizer_parts(optimizer):
-        if isinstance(part.optimizer, torch.optim.AdamW):  # where Transformer Engine's is absent
+        if settings.optimizer == "adafactor":
+            _put_adafactor_into(part, settings)
+        elif isinstance(part.optimizer, torch.optim.AdamW):  # where Transformer Engine's is absent
             for group in part.optimizer.param_groups:
                 group["fused"] = True  # one pass over memory; megatron-core has no setting for it
     # The scheduler counts sequences, so that it need not change with the batch size.
@@ -153,6 +157,19 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _put_adafactor_into(part: MegatronOptimizer, settings: OptimizerConfig) -> None:
+    groups = part.optimizer.param_groups
+    is_expert = any(group["is_expert_parallel"] for group in groups)
+    part.optimizer = AdaFactor(
+        groups,
+        tp_group=part.expert_tp_group if is_expert else part.tp_group,
+        decay_rate=settings.adafactor_decay_rate,
+        eps=settings.adafactor_eps,
+        clip_threshold=settings.adafactor_clip_threshold,
+    )
+    part.init_state_fn = lambda optimizer, config: optimizer.fill_state()
 
 
 def peak_learning_rates(config: MM1Config) -> dict[str, float]:
