@@ -53,13 +53,20 @@ def _paper_data() -> DataConfig:
 
 
 def _mm1(
-    name: str, *, decoder: DecoderConfig, lr: float, vision: VisionConfig = VIT_H_14_378, moe: MoEConfig | None = None
+    name: str,
+    *,
+    decoder: DecoderConfig,
+    lr: float,
+    vision: VisionConfig = VIT_H_14_378,
+    moe: MoEConfig | None = None,
+    output_z_loss_coeff: float = 0.0,
 ) -> MM1Config:
     """MM1's recipe (the schema's defaults) around a decoder; mixture-of-experts models keep the dense one's [P]."""
     return MM1Config(
         name=name,
         model=ModelConfig(decoder=decoder, vision=vision, moe=moe),
         optimizer=OptimizerConfig(lr=lr, connector_lr=CONNECTOR_LR),
+        training=TrainingConfig(output_z_loss_coeff=output_z_loss_coeff),
         data=_paper_data(),
         run_dir=f"runs/{name}",
     )
@@ -141,7 +148,7 @@ _BUILDERS: dict[str, Callable[[str], MM1Config]] = {
     "mm1-1.2b": partial(_law_grid, num_layers=24, hidden_size=2048),
     "mm1-3b": partial(_mm1, decoder=DECODER_3B, lr=6e-5),  # [P] learning rates as used
     "mm1-7b": partial(_mm1, decoder=DECODER_7B, lr=4e-5),
-    "mm1-30b": partial(_mm1, decoder=DECODER_30B, lr=2e-5),
+    "mm1-30b": partial(_mm1, decoder=DECODER_30B, lr=2e-5, output_z_loss_coeff=1e-4),  # [M] z-loss
     "mm1-3b-moe": partial(_mm1, decoder=DECODER_3B, lr=6e-5, moe=MOE_3B),
     "mm1-7b-moe": partial(_mm1, decoder=DECODER_7B, lr=4e-5, moe=MOE_7B),
 }

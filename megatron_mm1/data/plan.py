@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.schema import DataConfig, MM1Config, SourceConfig
 from megatron_mm1.data.mixture import Ingredient, Phase, Plan
 from megatron_mm1.data.pools import PackedStream, PackingLimits, PieceOf, Share
@@ -114,21 +115,21 @@ def training_plan(config: MM1Config, sources: Sources) -> Plan:
     Raises:
         UserError: the mixture cannot be made, or ends before training does.
     """
-    data, batch = config.data, config.training.global_batch_size
+    data, batches = config.data, BatchSizes.of(config.training)
     weights = {0: {source.name: source.weight for source in data.sources}}
     weights |= {phase.step: phase.weights for phase in data.curriculum}
     mix = _mixed if data.packing == "mixed" else _by_source
     ingredients, shares = mix(config, sources, list(weights.values()))
     plan = Plan(
         ingredients,
-        [Phase(step * batch, of) for step, of in zip(weights, shares, strict=True)],
+        [Phase(batches.sequences_before(step), of) for step, of in zip(weights, shares, strict=True)],
         seed=data.seed,
         identity=_identity(config),
     )
-    needed = config.training.train_iters * batch
+    needed = batches.sequences_before(config.training.train_iters)
     if plan.end is not None and plan.end < needed:
         raise UserError(
-            f"the data ends after {plan.end:,} sequences, {plan.end // batch:,} steps, training takes "
+            f"the data ends after {plan.end:,} sequences, {batches.step_of(plan.end):,} steps, training takes "
             f"{config.training.train_iters:,} steps: raise max_epochs of data.sources or lower training.train_iters"
         )
     return plan

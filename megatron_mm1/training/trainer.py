@@ -33,6 +33,7 @@ from megatron_mm1.parallel.groups import (
 from megatron_mm1.planning.fp8 import check_fp8_shapes
 from megatron_mm1.training.build import Model, component_learning_rates
 from megatron_mm1.training.figures import Window, introduction
+from megatron_mm1.training.freezing import frozen_components
 from megatron_mm1.training.guard import Guard
 from megatron_mm1.training.interruption import Interruption, interruptible
 from megatron_mm1.training.lag import LagMeter
@@ -144,9 +145,6 @@ class Run:
         if start is not None:
             self.progress.load(start)
 
-        self.num_microbatches = config.training.global_batch_size // (
-            config.training.micro_batch_size * groups.dp.size()
-        )
         self._open_batches = partial(train_batches, config, tokenizer=tokenizer, data=self.data, **place)
         self.batches: Generator[PackedBatch] = self._open_batches(consumed_sequences=self.progress.consumed)
         self.dealer = Dealer.of(config, self.data.plan, dp_size=groups.dp.size())
@@ -159,6 +157,8 @@ class Run:
             self.logger.say(f" starting from {start.checkpoint}")
             if self.progress.missing:
                 self.logger.say(f" not in it, and so drawn anew: {', '.join(self.progress.missing)}")
+            for change in start.changes:
+                self.logger.say(f" {change} from step {self.iteration + 1:,} on")
             if self.progress.has_other_data:
                 consumed = self.progress.consumed
                 self.logger.say(f" on another data plan than it was trained on, from sequence {consumed:,}")
@@ -196,8 +196,7 @@ class Run:
         ends = self.iteration >= last
         while not ends:
             self.interruption.begin()
-            # Of this step; the scheduler then moves on.
-            rates = component_learning_rates(self.config, self.progress.optimizer)
+            rates = self.learning_rates()  # of this step; the scheduler then moves on
             is_logged = self._is_due(self.config.logging.log_interval)
             statistics = self.step(window, is_logged=is_logged)
             is_interrupted = self.interruption.agreed()
@@ -224,6 +223,11 @@ class Run:
         if self.iteration < last:
             self.logger.say(f" interrupted by a signal: ending after iteration {self.iteration}, which is saved")
         self.logger.close()
+
+    def learning_rates(self) -> dict[str, float]:
+        """Of the coming step, by component; 0 for those that do not train yet."""
+        frozen = frozen_components(self.config.training, consumed_sequences=self.progress.consumed)
+        return component_learning_rates(self.config, self.progress.optimizer) | dict.fromkeys(frozen, 0.0)
 
     def _is_due(self, interval: int) -> bool:
         """Whether something done every `interval` steps and after the last is due after the coming step."""
@@ -256,13 +260,15 @@ class Run:
         global_batch = self.progress.global_batch
         self.pulse.enter("data", step=self.iteration + 1)
         started = time.perf_counter()
+        sequences = self.progress.batch_sizes.at(global_batch)
         with self.lag.measuring(is_logged and self.pulse.status.settled):  # not while kernels compile
-            microbatches = list(islice(self.batches, self.num_microbatches))
+            microbatches = list(islice(self.batches, self._num_microbatches(sequences)))
             waited = time.perf_counter() - started
             self.pulse.enter("step", step=self.iteration + 1)
             statistics = self._update(microbatches, is_logged=is_logged)
         seconds = time.perf_counter() - started
-        window.add(statistics, self.dealer.images_per_rank(global_batch), seconds=seconds, waited=waited)
+        images_per_rank = self.dealer.images_per_rank(global_batch)
+        window.add(statistics, images_per_rank, sequences=sequences, seconds=seconds, waited=waited)
         self.progress.advance()
         return statistics
 
@@ -302,6 +308,10 @@ class Run:
         self.batches = self._open_batches(consumed_sequences=self.progress.consumed)
         self.logger.go_back(self.iteration)
         return True
+
+    def _num_microbatches(self, sequences: int) -> int:
+        """Of this rank in a global batch of so many sequences."""
+        return sequences // (self.config.training.micro_batch_size * self.groups.dp.size())
 
     def validate(self) -> None:
         self.pulse.enter("validation", step=self.iteration)
