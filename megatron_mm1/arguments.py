@@ -20,6 +20,19 @@ def add_command(
     return parser
 
 
+def add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
+    """The layout that a checkpoint is run in."""
+    for dimension in ("tensor", "pipeline", "expert"):
+        option = f"--{dimension}-model-parallel-size"
+        parser.add_argument(
+            option,
+            option.replace("-", "_").replace("__", "--", 1),
+            type=positive_int,
+            metavar="N",
+            help="instead of the checkpoint's",
+        )
+
+
 def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")

@@ -9,10 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import megatron_mm1
-from megatron_mm1.arguments import FAILED, add_command, positive_int
+from megatron_mm1.arguments import FAILED, add_command, add_parallel_sizes, positive_int
 from megatron_mm1.checkpoint.commands import convert
 from megatron_mm1.data.commands import add_data_commands, data_inspect
 from megatron_mm1.errors import ConfigError, UserError
+from megatron_mm1.inference_commands import add_inference_commands
 from megatron_mm1.planning.commands import add_plan_commands, plan_fp8
 
 USER_ERROR = 2
@@ -85,12 +86,6 @@ def evaluate(args: argparse.Namespace) -> None:
     evaluate_main(args)
 
 
-def caption(args: argparse.Namespace) -> None:
-    from megatron_mm1.inference.caption import caption_main
-
-    caption_main(args)
-
-
 def config_presets(args: argparse.Namespace) -> None:
     from megatron_mm1.planning.report import presets_table
 
@@ -116,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_commands(data)
 
     _add_eval(commands)
-    _add_caption(commands)
+    add_inference_commands(commands)
     commands.add_parser("convert", help="import, export and change checkpoints (mm1 convert --help)")
 
     plan = commands.add_parser("plan", help="see ahead what a run would do").add_subparsers(
@@ -203,29 +198,7 @@ def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     evaluation.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
     evaluation.add_argument("--limit", type=positive_int, metavar="N", help="examples per task at most")
-    _add_parallel_sizes(evaluation)
-
-
-def _add_caption(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    captioning = add_command(commands, "caption", caption, "describe images")
-    captioning.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
-    captioning.add_argument("--image", required=True, type=Path, nargs="+", action="extend", metavar="FILE")
-    captioning.add_argument(
-        "--max-new-tokens", "--max_new_tokens", type=positive_int, default=32, metavar="N", help="(%(default)s)"
-    )
-    _add_parallel_sizes(captioning)
-
-
-def _add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
-    for dimension in ("tensor", "pipeline", "expert"):
-        option = f"--{dimension}-model-parallel-size"
-        parser.add_argument(
-            option,
-            option.replace("-", "_").replace("__", "--", 1),
-            type=positive_int,
-            metavar="N",
-            help="instead of the checkpoint's",
-        )
+    add_parallel_sizes(evaluation)
 
 
 def _report(error: UserError, *, rank: int) -> None:
