@@ -32,10 +32,16 @@ def add_evaluation_commands(commands: "argparse._SubParsersAction[argparse.Argum
         "--control", action="store_true", help="evaluate again with the images of the demonstrations exchanged"
     )
     evaluation.add_argument(
+        *both_spellings("high-resolution"),
+        type=positive_int,
+        metavar="PX",
+        help="side of images, instead of what the model was trained with",
+    )
+    evaluation.add_argument(
         *both_spellings("high-resolution-shots"),
         type=count,
         metavar="N",
-        help="only the last N demonstrations are shown in high resolution (all)",
+        help="of the demonstrations only the last N in --high-resolution (all)",
     )
     evaluation.add_argument(
         *both_spellings("chain-of-thought"),

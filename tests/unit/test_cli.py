@@ -123,7 +123,18 @@ def test_data_prepare_takes_counts(capsys: pytest.CaptureFixture[str], option: s
 def test_eval(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
     calls = stand_in(monkeypatch, "megatron_mm1.evaluation.runner", "evaluate_main")
     options = ["--checkpoint", "c", "--task", "a", "--task", "own.Task", "--output", "o", "--limit", "9"]
-    presented = ["--shots", "0", "8", "--high-resolution-shots", "3", "--chain_of_thought", "--data", "a=d"]
+    presented = [
+        "--shots",
+        "0",
+        "8",
+        "--high-resolution",
+        "672",
+        "--high-resolution-shots",
+        "3",
+        "--chain_of_thought",
+        "--data",
+        "a=d",
+    ]
     assert main(["eval", *options, *presented, option, "2"]) == 0
     assert calls.namespace == {
         "checkpoint": Path("c"),
@@ -134,6 +145,7 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
         "shots": [0, 8],
         "seed": 0,
         "control": False,
+        "high_resolution": 672,
         "high_resolution_shots": 3,
         "chain_of_thought": True,
         **NO_SIZES,
