@@ -57,7 +57,16 @@ def raise_(error: BaseException) -> Any:
 def test_train_hands_over_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(monkeypatch, "megatron_mm1.training.trainer", "train")
     assert main(["train", "--preset", "mm1-tiny"]) == 0
-    assert calls.only == ((preset("mm1-tiny"),), {})
+    assert calls.only == ((preset("mm1-tiny"),), {"evaluation": None})
+
+
+def test_train_brings_the_evaluation_that_the_configuration_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.training.trainer", "train")
+    building = stand_in(monkeypatch, "megatron_mm1.evaluation.in_training", "live_evaluation")
+    building.result = "evaluation"
+    assert main(["train", "--preset", "mm1-tiny", "--evaluation.interval", "5", "--evaluation.tasks", "[a]"]) == 0
+    assert calls.only[1] == {"evaluation": "evaluation"}
+    assert building.only[0] == calls.only[0]
 
 
 def test_data_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
