@@ -287,6 +287,7 @@ BROKEN = [
     ("mm1-tiny", 2, "--evaluation.tasks [coco]", "evaluation.tasks coco without evaluation.interval: say how often"),
     ("mm1-tiny", 2, "--evaluation.shots [0,-4]", "evaluation.shots [0, -4]: give numbers of demonstrations"),
     ("mm1-tiny", 2, '--evaluation.data {"coco":"x"}', "evaluation.data names coco, which is not among"),
+    ("mm1-tiny", 2, '--evaluation.data {"coco":"x"}', "evaluation.data names coco, which is not among"),
     ("mm1-tiny", 2, "--finetune", "checkpoint.finetune takes the weights of checkpoint.load, which is null"),
     (
         "mm1-tiny",
@@ -412,6 +413,7 @@ def test_every_count_has_a_minimum() -> None:
         "model.vision.feature_layer",
         "parallel.decoder_first_pipeline_num_layers",
         "data.seed",
+        "evaluation.seed",
         "training.seed",
     }
     assert counts - set(MINIMUM) == free
