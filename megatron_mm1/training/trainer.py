@@ -1,12 +1,11 @@
 """The trainer: everything a run does, from top to bottom."""
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,12 +30,13 @@ from megatron_mm1.parallel.groups import (
     launcher_ranks,
 )
 from megatron_mm1.planning.fp8 import check_fp8_shapes
-from megatron_mm1.training.build import Model, component_learning_rates
+from megatron_mm1.training.build import component_learning_rates
 from megatron_mm1.training.figures import Window, introduction
 from megatron_mm1.training.freezing import frozen_components
 from megatron_mm1.training.guard import Guard
 from megatron_mm1.training.interruption import Interruption, interruptible
 from megatron_mm1.training.lag import LagMeter
+from megatron_mm1.training.live import LiveEvaluation
 from megatron_mm1.training.logging import RunLogger, console_line
 from megatron_mm1.training.progress import Progress
 from megatron_mm1.training.recovery import end_run, roll_back
@@ -45,20 +45,6 @@ from megatron_mm1.training.routing import routing_figures
 from megatron_mm1.training.saving import CheckpointSaver
 from megatron_mm1.training.step import StepStatistics, pass_over, train_step
 from megatron_mm1.training.validation import validate_model
-
-
-class LiveEvaluation(Protocol):
-    """Evaluates a model between two steps; the weights, and whatever else training depends on, stay as they are."""
-
-    def __call__(
-        self, model: Model, *, pg_collection: ProcessGroupCollection, moves: Callable[[], None]
-    ) -> Mapping[str, float]:
-        """Figures by name, on every rank; every rank calls it.
-
-        Args:
-            moves: is called from time to time, so that nobody takes the job for stuck.
-        """
-        ...
 
 
 def train(config: MM1Config, *, evaluation: LiveEvaluation | None = None) -> bool:
@@ -185,8 +171,9 @@ class Run:
         return self.progress.iteration
 
     def train(self, evaluation: LiveEvaluation | None = None) -> None:
-        """Step until `train_iters` or an interruption, with validation, evaluation, logs and checkpoints at their
-        intervals."""
+        """Step until `train_iters` or an interruption, with validation, `evaluation`, logs and checkpoints at their
+        intervals.
+        """
         training, last = self.config.training, self.config.training.train_iters
         window = Window(self.config)
         if training.eval_interval and self.iteration < last:
@@ -210,9 +197,9 @@ class Run:
                 self._log(window, statistics, rates)
                 window = Window(self.config, skipped=window.skipped, nan=window.nan)
             ends = is_interrupted or self.iteration == last
-            if self._has_come(training.eval_interval, ends=ends):
+            if self._is_looked_at(training.eval_interval, ends=ends):
                 self.validate()
-            if evaluation is not None and self._has_come(self.config.evaluation.interval, ends=ends):
+            if evaluation is not None and self._is_looked_at(self.config.evaluation.interval, ends=ends):
                 self.evaluate(evaluation)
             if ends:
                 self.saver.max_failures = 0  # nothing comes after it
@@ -237,9 +224,8 @@ class Run:
     def _is_multiple(self, interval: int) -> bool:
         return bool(interval) and self.iteration % interval == 0
 
-    def _has_come(self, interval: int, *, ends: bool) -> bool:
-        """Whether a look at the model is due after this step: at the interval and at the last step, not where the run
-        was interrupted."""
+    def _is_looked_at(self, interval: int, *, ends: bool) -> bool:
+        """Whether the model is to be judged now: every `interval` steps, but not before ending for a signal."""
         is_last = self.iteration == self.config.training.train_iters
         return bool(interval) and (is_last or (not ends and self._is_multiple(interval)))
 
