@@ -3,7 +3,7 @@
 [P] quoted from the paper, [M] widely reported, [C] our choice where the paper is silent (docs/facts.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -43,13 +43,12 @@ MOE_7B = MoEConfig(
 )  # [P]; [C] width, for 47B in all [P]
 
 
-def _paper_data() -> DataConfig:
-    """45 % captions, 45 % interleaved documents, 10 % text [P]; the paths are for the user to replace."""
-    mixture = {"captions": 0.45, "interleaved": 0.45, "text": 0.10}
-    return DataConfig(
-        tokenizer="data/tokenizer.model",
-        sources=tuple(SourceConfig(name=name, path=f"data/{name}", weight=weight) for name, weight in mixture.items()),
-    )
+MIXTURE = {"captions": 0.45, "interleaved": 0.45, "text": 0.10}  # [P]
+
+
+def paper_sources(mixture: Mapping[str, float]) -> tuple[SourceConfig, ...]:
+    """The paper's kinds of data with these weights; the paths are for the user to replace."""
+    return tuple(SourceConfig(name=name, path=f"data/{name}", weight=weight) for name, weight in mixture.items())
 
 
 def _mm1(
@@ -67,7 +66,7 @@ def _mm1(
         model=ModelConfig(decoder=decoder, vision=vision, moe=moe),
         optimizer=OptimizerConfig(lr=lr, connector_lr=CONNECTOR_LR),
         training=TrainingConfig(output_z_loss_coeff=output_z_loss_coeff),
-        data=_paper_data(),
+        data=DataConfig(tokenizer="data/tokenizer.model", sources=paper_sources(MIXTURE)),
         run_dir=f"runs/{name}",
     )
 

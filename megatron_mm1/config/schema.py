@@ -192,6 +192,10 @@ class DataConfig:
     """Positions per sequence [P]."""
     max_images_per_sequence: int = 16
     """[P]"""
+    long_documents: Literal["split", "cut", "drop"] = "split"
+    """What becomes of a document that does not fit a sequence: all of it in stretches; "cut" where the last trained
+    stretch ends that fits, as a conversation's answer does, without the rest; or left out. None is cut inside an image.
+    """
     packing_lookahead: int = 64
     """Sequences kept open while packing best-fit."""
     text_only: bool = False

@@ -61,6 +61,7 @@ def packing_limits(config: MM1Config) -> PackingLimits:
         tokens_per_image=config.model.connector.tokens_per_image,
         lookahead=config.data.packing_lookahead,
         tiles=None if config.data.image_tiling == "none" else Tiling.of(config).tiles_of,
+        long_documents=config.data.long_documents,
     )
 
 
@@ -97,6 +98,20 @@ class TrainingData:
             for number, name in enumerate(self.sources.names)
             if documents[name]
         }
+
+    def long_documents(self) -> list[str]:
+        """A sentence for each ingredient that has documents which do not fit a sequence and are not split."""
+        sentences = []
+        for ingredient in self.plan.ingredients:
+            stream = ingredient.stream
+            documents, cut, dropped = stream.documents_of_epoch if isinstance(stream, PackedStream) else (0, 0, 0)
+            if cut or dropped:
+                names = ", ".join(ingredient.passes)
+                sentences.append(
+                    f"{names}: of {documents + dropped:,} documents {cut:,} are cut at the end of an answer and "
+                    f"{dropped:,} left out, since they do not fit a sequence"
+                )
+        return sentences
 
 
 def training_data(config: MM1Config, *, tokenizer: Tokenizer) -> TrainingData:
@@ -144,6 +159,8 @@ def _identity(config: MM1Config) -> dict[str, object]:
         "text_only": data.text_only,
         "random_resized_crop": data.random_resized_crop,
     }
+    if limits.long_documents != "split":
+        identity |= {"long_documents": limits.long_documents}
     return identity if limits.tiles is None else identity | {"tiling": asdict(Tiling.of(config))}
 
 

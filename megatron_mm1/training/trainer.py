@@ -139,6 +139,8 @@ class Run:
         self.logger = RunLogger(config, iteration=self.iteration, enabled=is_logger, wandb_run_id=wandb_run_id)
         for line in introduction(config, self.progress.model, backend=backend, groups=groups):
             self.logger.say(line)
+        for sentence in self.data.long_documents():
+            self.logger.say(f" {sentence}")
         if start is not None:
             self.logger.say(f" starting from {start.checkpoint}")
             if self.progress.missing:

@@ -70,9 +70,9 @@ def mixture_table(config: MM1Config, data: TrainingData, *, num_sequences: int) 
         lines.append(f"from step {start:,}, over {len(indices):,} sequences:")
         lines += _phase_table(data, realised_mixture(config, data, indices))
     lines.append(f"over the whole run of {steps:,} steps:")
-    lines += [
-        f"  {name:<16} {value:>9.3f} epochs" for name, value in data.epochs(batches.sequences_before(steps)).items()
-    ]
+    epochs = data.epochs(batches.sequences_before(steps))
+    lines += [f"  {name:<16} {value:>9.3f} epochs" for name, value in epochs.items()]
+    lines += [f"  {sentence}" for sentence in data.long_documents()]
     return lines
 
 
