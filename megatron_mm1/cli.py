@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import megatron_mm1
-from megatron_mm1.arguments import FAILED, add_command, positive_int, share
+from megatron_mm1.arguments import FAILED, add_command, both_spellings, count, positive_int, share
 from megatron_mm1.checkpoint.commands import convert
 from megatron_mm1.data.commands import add_data_commands, data_inspect
 from megatron_mm1.errors import ConfigError, UserError
@@ -61,9 +61,14 @@ def train(argv: Sequence[str]) -> int:
     from megatron_mm1.config.loading import load_config
 
     config = load_config(argv)
+    evaluation = None
+    if config.evaluation.interval:
+        from megatron_mm1.evaluation.in_training import live_evaluation
+
+        evaluation = live_evaluation(config)
     from megatron_mm1.training.trainer import train
 
-    return 0 if train(config) else ENDED_BY_SIGNAL
+    return 0 if train(config, evaluation=evaluation) else ENDED_BY_SIGNAL
 
 
 def parity(argv: Sequence[str]) -> int:
@@ -102,6 +107,12 @@ def config_presets(args: argparse.Namespace) -> None:
     from megatron_mm1.planning.report import presets_table
 
     print(presets_table())
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from megatron_mm1.doctor.report import doctor_main
+
+    return doctor_main(args)
 
 
 def print_version(args: argparse.Namespace) -> None:
@@ -145,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True, metavar="COMMAND"
     )
     add_command(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
+    _add_doctor(commands)
     add_command(commands, "version", print_version, "print the versions that matter")
     return parser
 
@@ -218,8 +230,32 @@ def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="NAME",
         help="built-in name or package.module.Class; repeatable",
     )
+    evaluation.add_argument("--data", action="append", default=[], metavar="TASK=DIR", help="a task's data; repeatable")
     evaluation.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
-    evaluation.add_argument("--limit", type=positive_int, metavar="N", help="examples per task at most")
+    evaluation.add_argument("--limit", type=positive_int, metavar="N", help="items per task at most")
+    evaluation.add_argument(
+        "--shots",
+        type=count,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="demonstrations in front of each item; several numbers are set side by side (0)",
+    )
+    evaluation.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of demonstrations (0)")
+    evaluation.add_argument(
+        "--control", action="store_true", help="evaluate again with the images of the demonstrations exchanged"
+    )
+    evaluation.add_argument(
+        *both_spellings("high-resolution-shots"),
+        type=count,
+        metavar="N",
+        help="only the last N demonstrations are shown in high resolution (all)",
+    )
+    evaluation.add_argument(
+        *both_spellings("chain-of-thought"),
+        action="store_true",
+        help="demonstrations with their reasoning; the answer is taken out of the model's",
+    )
     _add_parallel_sizes(evaluation)
 
 
@@ -233,12 +269,31 @@ def _add_caption(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_parallel_sizes(captioning)
 
 
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctoring = add_command(commands, "doctor", doctor, "print what this machine can run, and what it lacks")
+    doctoring.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("quickstart", "train", "gpu"),
+        default="quickstart",
+        help="what decides over the exit code: the quickstart, training on other data, or on GPUs (%(default)s)",
+    )
+    doctoring.add_argument("--json", action="store_true", help="the same for programs")
+    doctoring.add_argument(
+        "--run-dir", "--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="disk to look at (%(default)s)"
+    )
+    doctoring.add_argument(
+        "--corpus", type=Path, default=Path(".cache/demo-corpus"), metavar="DIR", help="demo corpus (%(default)s)"
+    )
+    doctoring.add_argument(
+        "--timeout", type=positive_int, default=60, metavar="SECONDS", help="limit of each look (%(default)s)"
+    )
+
+
 def _add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
     for dimension in ("tensor", "pipeline", "expert"):
-        option = f"--{dimension}-model-parallel-size"
         parser.add_argument(
-            option,
-            option.replace("-", "_").replace("__", "--", 1),
+            *both_spellings(f"{dimension}-model-parallel-size"),
             type=positive_int,
             metavar="N",
             help="instead of the checkpoint's",
