@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -69,15 +68,9 @@ def train(argv: Sequence[str]) -> int:
         from megatron_mm1.evaluation.in_training import live_evaluation
 
         evaluation = live_evaluation(config)
-    from megatron_mm1.training.interruption import SIGNALS
     from megatron_mm1.training.trainer import train
 
-    if train(config, evaluation=evaluation):
-        return 0
-    # The launcher that ends this rank because another one has ended shall see the code, not its own signal.
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    return ENDED_BY_SIGNAL
+    return 0 if train(config, evaluation=evaluation) else ENDED_BY_SIGNAL
 
 
 def parity(argv: Sequence[str]) -> int:
@@ -248,8 +241,6 @@ def _report(error: UserError, *, rank: int) -> None:
     if rank == 0:
         print(f"mm1: error: {_describe(error)}", file=sys.stderr, flush=True)
         return
-    # The launcher that ends this rank meanwhile shall see what ended it, not the launcher's own signal.
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(USER_ERROR))
     time.sleep(GRACE_SECONDS)
     if not isinstance(error, ConfigError):
         print(f"mm1: error on rank {rank}: {_describe(error)}", file=sys.stderr, flush=True)

@@ -37,6 +37,10 @@ class Machine:
         self._unshare: subprocess.Popen[bytes] | None = None
         self._first = self._namespace = -1
 
+    @property
+    def is_up(self) -> bool:
+        return self._unshare is not None
+
     def start(self) -> None:
         boot = ["bash", "-ec", _BOOT, "_", str(self._hosts), self.name, self._daemons]
         with self._log.open("ab") as log:
