@@ -290,7 +290,7 @@ def test_torchrun_starts_the_ranks_again_and_nothing_is_lost(pool, demo_corpus, 
     assert launcher.returncode == 0, errors[-3000:]
     assert [record["iteration"] for record in map(json.loads, log.read_text().splitlines())].count(3) == 2
     pool(2).run(jobs.train_as_users_do, calm)
-    assert_equal(pool, tmp_path / "killed", tmp_path / "calm")
+    assert_equal(pool, tmp_path / "killed", tmp_path / "calm", bad=())
 
 
 def test_an_illegal_layout_is_refused_before_the_ranks_meet(tmp_path):
