@@ -1,5 +1,6 @@
 """What the workers of test_anomalies run: the trainer, with steps that go wrong on purpose."""
 
+import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -109,13 +110,12 @@ def slow_data(run: FaultyRun) -> Iterator[None]:
     """On rank 0."""
     batches = run.batches
 
-    def slow() -> Iterator[Any]:
+    def pause() -> Iterator[Any]:
         time.sleep(0.5)
-        for batch in batches:  # not `yield from`, which would close them
-            yield batch
+        yield from ()
 
     if torch.distributed.get_rank() == 0:
-        run.batches = slow()
+        run.batches = itertools.chain(pause(), batches)
     try:
         yield
     finally:
