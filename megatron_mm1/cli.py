@@ -62,9 +62,15 @@ def train(argv: Sequence[str]) -> int:
     from megatron_mm1.config.loading import load_config
 
     config = load_config(argv)
+    from megatron_mm1.training.interruption import SIGNALS
     from megatron_mm1.training.trainer import train
 
-    return 0 if train(config) else ENDED_BY_SIGNAL
+    if train(config):
+        return 0
+    # The launcher that ends this rank because another one has ended shall see the code, not its own signal.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    return ENDED_BY_SIGNAL
 
 
 def parity(argv: Sequence[str]) -> int:

@@ -14,12 +14,13 @@ if [[ -n ${MM1_SITE:-} ]]; then
 fi
 prepare
 
-# Exit codes of mm1 train: docs/cluster.md.
+# Exit codes of mm1: docs/cluster.md.
+CHECK_FAILED=1
 USER_ERROR=2
 ENDED_BY_SIGNAL=75
 
 export MASTER_ADDR MASTER_PORT
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node do not meet
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -55,7 +56,8 @@ on_every_gpu() {
     torchrun)
       # Slurm signals every process of a step. torchrun would give its workers 30 s to save, so it is left to them.
       # shellcheck disable=SC2016
-      step "$SLURM_NNODES" 1 bash -c 'trap "" TERM USR1; exec torchrun "$@"' torchrun --signals-to-handle SIGINT \
+      step "$SLURM_NNODES" 1 bash -c 'trap "" TERM USR1; exec "$@"' _ \
+        python -m megatron_mm1.torchrun --signals-to-handle SIGINT \
         --nnodes "$SLURM_NNODES" --nproc-per-node "$PROCESSES_PER_NODE" \
         --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$SLURM_JOB_ID" \
         -m megatron_mm1 "$@"
@@ -69,6 +71,10 @@ train() {
   note_start
   if [[ $HEALTH_CHECK == yes ]]; then
     through_signals on_every_gpu health "${HEALTH_OPTIONS[@]}" || code=$?
+    if ((code == CHECK_FAILED)); then
+      say "not requeued: leave out the node named above (sbatch --exclude=NODE)"
+      exit "$code"
+    fi
   fi
   if ((code == 0)); then
     through_signals on_every_gpu train --run_dir "$RUN_DIR" --fp8.decoder_recipe "$FP8_RECIPE" "$@" || code=$?
@@ -100,9 +106,9 @@ through_signals() {
 
 newest_checkpoint() { cat "$RUN_DIR/checkpoints/latest" 2>/dev/null || echo none; }
 
-# How often this job has started from its newest checkpoint without getting to another one.
+# How often this job has started from its newest checkpoint, in vain if that is still the newest one when it ends.
 starts_from_newest() {
-  tac "$RUN_DIR/starts" | awk -v this="$SLURM_JOB_ID $(newest_checkpoint)" '$0 != this { exit } { n++ } END { print n + 0 }'
+  grep --count --line-regexp --fixed-strings "$SLURM_JOB_ID $(newest_checkpoint)" "$RUN_DIR/starts" || true
 }
 
 note_start() {
@@ -126,11 +132,13 @@ requeue() {
     say "not requeued: restarted $restarts times"
   elif ((starts >= MAX_STARTS_FROM_ONE_CHECKPOINT)); then
     say "not requeued: started $starts times from checkpoint $(newest_checkpoint) without another one"
-  elif [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) != RUNNING ]]; then
+  elif [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || echo RUNNING) != RUNNING ]]; then
     say "not requeued here: the job was cancelled, or Slurm is requeueing it"
   else
     say "requeued, to go on from checkpoint $(newest_checkpoint)"
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 60 # Slurm ends this script
+    for _ in {1..30}; do # Slurm's controller may be restarting
+      scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this script
+      sleep 10
+    done
   fi
 }

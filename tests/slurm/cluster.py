@@ -1,25 +1,32 @@
-"""A real Slurm cluster on this machine: two nodes that run jobs, and 32 with GPUs that only exist for the scheduler.
+"""A real Slurm cluster on this computer: three nodes that run jobs, and 32 that only exist for the scheduler.
 
-Everything it has is in one folder: a munge key and socket of its own, the controller's state, and for each node a
-slurmd in its own UTS and mount namespace, so that `hostname` says node1 or node2 and these names lead to the machine.
+    python -m tests.slurm.cluster COMMAND..
+
+runs a command, which finds the cluster by $SLURM_CONF, and ends the cluster with it. Everything the cluster writes is
+in one temporary folder. For root on Debian; Slurm is installed if it is missing.
 """
 
 import os
+import secrets
 import shutil
-import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-NODES = ("node1", "node2")
-_COMMANDS = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
+from tests.slurm.machine import Machine, command_line, wait_until
+
+NODES = ("node1", "node2", "node3")
+"""Two for a job, and one to go on with when another is lost."""
+_PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
 _SECONDS = 60
 
 _CONF = """\
 ClusterName=mm1
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost=controller(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
 SlurmdUser=root
@@ -47,7 +54,7 @@ SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 PlugStackConfig={folder}/plugstack.conf
 GresTypes=gpu
-NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports} CPUs=8 RealMemory=4000 Gres=gpu:8
+NodeName=node[1-3] NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=8 RealMemory=4000 Gres=gpu:8
 # As a cluster of H100 machines declares itself; CLOUD nodes need not answer for the scheduler to plan with them.
 NodeName=h100-[1-32] CPUs=96 RealMemory=1900000 Gres=gpu:8 State=CLOUD
 ResumeProgram=/bin/true
@@ -55,100 +62,89 @@ SuspendProgram=/bin/true
 SuspendTime=INFINITE
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=low Nodes=node[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=high Nodes=node[1-2] MaxTime=INFINITE PriorityTier=20 PreemptMode=OFF
+PartitionName=low Nodes=node[1-3] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=high Nodes=node[1-3] MaxTime=INFINITE PriorityTier=20 PreemptMode=OFF
 PartitionName=h100 Nodes=h100-[1-32] MaxTime=INFINITE PriorityTier=1 PreemptMode=OFF
 """
+_GPUS = """\
+NodeName=node[1-3] Name=gpu File={folder}/nvidia[0-7] AutoDetect=off
+NodeName=h100-[1-32] Name=gpu Count=8 AutoDetect=off
+"""
+_MUNGED = (
+    "munged --foreground --socket={folder}/munge.socket --key-file={folder}/munge.key "
+    "--pid-file={folder}/munged.pid --log-file={folder}/munged.log --seed-file={folder}/munged.seed"
+)
 
 
 class Cluster:
-    """Started by `start`, gone with all its processes after `stop`; commands run with `environment`."""
+    """A running cluster.
+
+    Attributes:
+        folder: everything it writes.
+        environment: in which commands find it.
+        nodes: its machines by name.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
-        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self._namespaces: dict[str, str] = {}
-        self._host = socket.gethostname().partition(".")[0]
+        self._controller = self._machine("controller", _MUNGED.format(folder=folder) + " & slurmctld -D -c")
+        self.nodes = {name: self._machine(name, f"slurmd -D -c -N {name}") for name in NODES}
+
+    def _machine(self, name: str, daemons: str) -> Machine:
+        hosts, log = self.folder / f"hosts-{name}", self.folder / f"{name}.out"
+        return Machine(name, daemons=daemons, hosts=hosts, environment=self.environment, log=log)
 
     def start(self) -> None:
-        missing = [package for command, package in _COMMANDS.items() if shutil.which(command) is None]
-        if missing:
-            subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], check=True)
         self._write_files()
-        key, run = self.folder / "munge.key", self.folder / "munge.socket"
-        files = [f"--{name}-file={self.folder}/munged.{name}" for name in ("pid", "log", "seed")]
-        self._start("munged", ["munged", "--foreground", f"--socket={run}", f"--key-file={key}", *files])
-        wait_until(run.exists, "munge's socket")
-        self._start("slurmctld", ["slurmctld", "-D", "-c"])
-        for node in NODES:
-            self.start_node(node)
-        wait_until(lambda: self._idle() == set(NODES), "both nodes to be idle")
+        self._controller.start()
+        wait_until((self.folder / "munge.socket").exists, "munge's socket")
+        self.restart_nodes()
+
+    def restart_nodes(self) -> None:
+        """Start the nodes that are down, and wait until every node is idle."""
+        for node in self.nodes.values():
+            if not node.is_up:
+                node.start()
+        wait_until(lambda: self._idle() == set(NODES), "all nodes to be idle")
 
     def _write_files(self) -> None:
         (self.folder / "controller").mkdir()
-        with os.fdopen(os.open(self.folder / "munge.key", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as key:
-            key.write(os.urandom(128))
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
         for gpu in range(8):  # null devices: the scheduler hands them out, nothing can compute on them
             os.mknod(self.folder / f"nvidia{gpu}", 0o600 | 0o020000, os.makedev(1, 3))
         controller, *nodes = _free_ports(1 + len(NODES))
-        # Slurm wants a range for a range of nodes.
-        ports = ",".join(map(str, nodes))
-        values = dict(folder=self.folder, host=self._host, controller_port=controller, node_ports=f"[{ports}]")
-        (self.folder / "slurm.conf").write_text(_CONF.format(**values))
-        gpus = f"NodeName=node[1-2] Name=gpu File={self.folder}/nvidia[0-7] AutoDetect=off\n"
-        (self.folder / "gres.conf").write_text(gpus + "NodeName=h100-[1-32] Name=gpu Count=8 AutoDetect=off\n")
+        conf = _CONF.format(folder=self.folder, controller_port=controller, node_ports=",".join(map(str, nodes)))
+        (self.folder / "slurm.conf").write_text(conf)
+        (self.folder / "gres.conf").write_text(_GPUS.format(folder=self.folder))
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         (self.folder / "plugstack.conf").touch()
-        for node in NODES:
-            names = [node, *NODES]  # its own first: the name that an address has is the first one
-            lines = [f"127.0.0.1 {name}\n" for name in names]
-            (self.folder / f"hosts-{node}").write_text("".join(lines) + Path("/etc/hosts").read_text())
+        for name in ("controller", *NODES):
+            # Its own first: the name that an address has is the first one.
+            lines = [f"127.0.0.1 {each}\n" for each in (name, "controller", *NODES)]
+            (self.folder / f"hosts-{name}").write_text("".join(lines) + Path("/etc/hosts").read_text())
 
-    def start_node(self, node: str) -> None:
-        """Start a node's slurmd, for the first time or after `kill_node`."""
-        enter = 'mount --bind "$1/hosts-$2" /etc/hosts && hostname "$2" && exec slurmd -D -c -N "$2"'
-        unshare = ["unshare", "--mount", "--uts", "--propagation", "private"]
-        self._start(node, [*unshare, "bash", "-c", enter, "_", str(self.folder), node])
-        daemon = self._daemons[node].pid
-        wait_until(lambda: _namespace(daemon) not in (None, _namespace(os.getpid())), f"{node}'s namespace")
-        self._namespaces[node] = _namespace(daemon) or ""
+    def end_jobs(self) -> None:
+        """Cancel all jobs, and wait until nothing of them runs.
 
-    def kill_node(self, node: str) -> None:
-        """End everything on a node at once, as where its power fails."""
-        for process in self.processes_of(node):
-            os.kill(process, signal.SIGKILL)
-        self._daemons.pop(node).wait()
-
-    def processes_of(self, node: str) -> list[int]:
-        """Its slurmd, and jobs and their tasks: those in the namespace that was made for it."""
-        processes = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-        return [process for process in processes if _namespace(process) == self._namespaces[node]]
-
-    def stop(self) -> list[str]:
-        """End jobs and daemons.
-
-        Returns:
-            Command lines of processes that were left, and have been killed.
+        Raises:
+            AssertionError: a job has left processes behind.
         """
-        if "slurmctld" in self._daemons and self._daemons["slurmctld"].poll() is None:
-            self._end_jobs()
-        for name in reversed(self._daemons):
-            self._daemons[name].terminate()
-        for daemon in self._daemons.values():
-            daemon.wait(timeout=30)
-        left = [process for node in self._namespaces for process in self.processes_of(node)]
-        lines = [Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ") for process in left]
-        for process in left:
-            os.kill(process, signal.SIGKILL)
-        return lines
-
-    def _end_jobs(self) -> None:
         if jobs := self.run("squeue", "--noheader", "--format=%A").split():
             self.run("scancel", *jobs)
-        deadline = time.monotonic() + 60
-        while self.run("squeue", "--noheader") and time.monotonic() < deadline:
-            time.sleep(0.2)
+        wait_until(lambda: not self.run("squeue", "--noheader"), "jobs to end")
+        wait_until(lambda: not self._processes_of_jobs(), f"processes to end: {self._processes_of_jobs()}", seconds=10)
+
+    def _processes_of_jobs(self) -> list[str]:
+        commands = [command_line(process) for node in self.nodes.values() if node.is_up for process in node.processes()]
+        return [" ".join(command) for command in commands if command and command[0] not in ("bash", "slurmd")]
+
+    def power_off(self) -> None:
+        """End the cluster with everything that runs on it."""
+        for machine in (*self.nodes.values(), self._controller):
+            machine.stop()
 
     def run(self, *command: str, cwd: Path | None = None, **variables: str) -> str:
         """The output of a command, most often one of Slurm's; its error output too where it fails."""
@@ -166,30 +162,39 @@ class Cluster:
     def _idle(self) -> set[str]:
         return set(self.run("sinfo", "--noheader", "--Node", "--states=idle", "--partition=low", "--format=%N").split())
 
-    def _start(self, name: str, command: list[str]) -> None:
-        with (self.folder / f"{name}.out").open("ab") as output:
-            self._daemons[name] = subprocess.Popen(
-                command,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # an interrupt from the keyboard leaves it to `stop`
-            )
+
+@contextmanager
+def running_cluster() -> Iterator[Cluster]:
+    """A cluster for the block; jobs that are left at its end are cancelled."""
+    assert os.geteuid() == 0, "the cluster's machines are namespaces, which only root can make"
+    install_slurm()
+    with TemporaryDirectory(prefix="mm1-slurm-") as folder:
+        Path(folder).chmod(0o755)  # munge wants its socket where everybody may come
+        cluster = Cluster(Path(folder))
+        try:
+            cluster.start()
+            yield cluster
+            cluster.end_jobs()
+        finally:
+            cluster.power_off()
 
 
-def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = _SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.2)
-
-
-def _namespace(process: int) -> str | None:
+def install_slurm() -> None:
+    """Install those of its packages that are missing; the services that they bring stay off."""
+    missing = [package for command, package in _PACKAGES.items() if shutil.which(command) is None]
+    if not missing:
+        return
+    policy = Path("/usr/sbin/policy-rc.d")  # Debian's packages ask it whether they may start a service
+    is_open = not policy.exists()
+    if is_open:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
     try:
-        return os.readlink(f"/proc/{process}/ns/uts")
-    except OSError:  # it has ended, or is none of ours
-        return None
+        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]
+        subprocess.run(install, check=True, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
+    finally:
+        if is_open:
+            policy.unlink()
 
 
 def _free_ports(count: int) -> list[int]:
@@ -200,3 +205,12 @@ def _free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
+
+
+def main(command: list[str]) -> int:
+    with running_cluster() as cluster:
+        return subprocess.run(command, env=cluster.environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

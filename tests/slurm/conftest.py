@@ -1,44 +1,47 @@
-"""A cluster for the session, and a folder to submit the shipped scripts from."""
+"""A cluster for the session, and what several tests of it share."""
 
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import Submitter
-
-SITE = """\
-PROCESSES_PER_NODE=1
-HEALTH_CHECK=no
-prepare() { :; } # the test's own environment
-TRAIN_OPTIONS=(--preset mm1-tiny --training.eval_interval 0 --training.train_iters 40 --optimizer.lr_warmup_iters 4
-  --optimizer.lr_decay_iters 400 --checkpoint.save_interval 10 --logging.log_interval 1 --logging.tensorboard false
-  --data.seq_length 128 --training.micro_batch_size 1 --training.global_batch_size 2)
-"""
-"""In place of a site's settings: mm1-tiny, short, logged at every step. Everything else is as shipped."""
+from tests.slurm.cluster import Cluster, running_cluster
+from tests.slurm.jobs import STEPS, Run, Submitter
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="mm1-slurm-") as folder:
-        Path(folder).chmod(0o755)  # munge wants its socket where everybody may come; pytest's folders are closed
-        cluster = Cluster(Path(folder))
-        try:
-            cluster.start()
-            yield cluster
-        finally:
-            left = cluster.stop()
-    assert left == []
-    assert folder not in Path("/proc/self/mounts").read_text()
+    with running_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture
 def submitter(cluster: Cluster, demo_corpus: Path, tmp_path: Path) -> Submitter:
-    """Submits from a folder that has of the repository what the scripts read."""
-    for name in ("examples", ".cache"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    (tmp_path / "site.env").write_text(SITE)
-    return Submitter(cluster, tmp_path)
+    return Submitter.of(cluster, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, demo_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What the others are compared with: MM1-7B's script, whose layout fits two nodes of one process."""
+    submit = Submitter.of(cluster, tmp_path_factory.mktemp("undisturbed"))
+    submit.settings("HEALTH_CHECK=yes HEALTH_OPTIONS=(--least-share 0.05)\n")
+    job = submit("pretrain_mm1_7b.sh", "--nodes=2")
+    submit.wait(job)
+    assert submit.run("mm1-7b").iterations() == list(range(1, STEPS + 1))
+    assert "GB/s between nodes" in submit.output(job)
+    return submit.run("mm1-7b")
+
+
+@pytest.fixture(scope="session")
+def smoke_test(cluster: Cluster, demo_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], str]:
+    """smoke_8gpu.sh with two processes, submitted when this is first asked for; call it to wait for what it prints."""
+    submit = Submitter.of(cluster, tmp_path_factory.mktemp("smoke"))
+    submit.settings("PROCESSES_PER_NODE=2\nTRAIN_OPTIONS=(--data.seq_length 128 --training.eval_interval 0)\n")
+    small = dict(SMOKE_STEPS="20", SMOKE_PRECISION="fp32", SMOKE_FP8_RECIPE="bf16", SMOKE_LAYOUTS="DP2")
+    job = submit("smoke_8gpu.sh", "--time=30", **small)
+
+    def wait() -> str:
+        submit.wait(job, seconds=1200)
+        return submit.output(job)
+
+    return wait

@@ -9,10 +9,22 @@ from torch import Tensor
 from megatron_mm1.checkpoint.format import find_checkpoint
 from tests.conftest import REPOSITORY
 from tests.parallel.saving_jobs import whole
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import Cluster
+from tests.slurm.machine import wait_until
 
 PATIENCE = 400
 """Seconds that a busy machine may take for what takes an idle one tens."""
+
+STEPS = 40
+SITE = f"""\
+PROCESSES_PER_NODE=1
+HEALTH_CHECK=no
+prepare() {{ :; }} # the test's own environment
+TRAIN_OPTIONS=(--preset mm1-tiny --training.eval_interval 0 --training.train_iters {STEPS} --optimizer.lr_warmup_iters 4
+  --optimizer.lr_decay_iters 400 --checkpoint.save_interval 4 --logging.log_interval 1 --logging.tensorboard false
+  --data.seq_length 128 --training.micro_batch_size 1 --training.global_batch_size 2)
+"""
+"""In place of a site's settings: mm1-tiny, short, logged at every step. Everything else is as shipped."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +40,13 @@ class Run:
         records = [json.loads(line) for line in lines if line.endswith("}")]
         return [(record["iteration"], record["lm_loss"]) for record in records if record["kind"] == "train"]
 
-    def has_reached(self, iteration: int) -> bool:
-        return any(number >= iteration for number, _ in self.losses())
+    def iterations(self) -> list[int]:
+        return [iteration for iteration, _ in self.losses()]
+
+    def starts(self) -> int:
+        """Of its job."""
+        starts = self.folder / "starts"
+        return len(starts.read_text().splitlines()) if starts.exists() else 0
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in the newest checkpoint: weights, moments, steps. Files hold them in an order that varies."""
@@ -38,8 +55,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Submitter:
+    """Submits from a folder that has of the repository what the scripts read."""
+
     cluster: Cluster
     folder: Path
+
+    @classmethod
+    def of(cls, cluster: Cluster, folder: Path) -> "Submitter":
+        for name in ("examples", ".cache"):
+            (folder / name).symlink_to(REPOSITORY / name)
+        (folder / "site.env").write_text(SITE)
+        return cls(cluster, folder)
 
     def __call__(self, script: str, *options: str, arguments: tuple[str, ...] = (), **variables: str) -> str:
         """Submit examples/slurm/`script` with sbatch's `options`; returns the job's number."""
@@ -59,6 +85,12 @@ class Submitter:
     def output(self, job: str) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"job-{job}_*.log")))
 
+    def nodes(self, job: str) -> list[str]:
+        """That a job runs on; the first one runs its script."""
+        return self.cluster.run(
+            "scontrol", "show", "hostnames", self.cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%N")
+        ).split()
+
     def wait(self, job: str, state: str = "COMPLETED", *, seconds: float = PATIENCE) -> None:
         """Until a job is in a state; fails with what it has printed if it ends in another one."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
@@ -70,5 +102,8 @@ class Submitter:
 
         wait_until(is_there, f"job {job} to be {state}", seconds=seconds)
 
-    def wait_for_step(self, run: Run, iteration: int) -> None:
-        wait_until(lambda: run.has_reached(iteration), f"step {iteration} of {run.folder}", seconds=PATIENCE)
+    def wait_for_steps(self, run: Run, count: int, *, start: int = 1) -> None:
+        """Until a job's start with this number has made some steps."""
+        wait_until(lambda: run.starts() == start, f"start {start}", seconds=PATIENCE)
+        before = len(run.losses())
+        wait_until(lambda: len(run.losses()) >= before + count, f"steps of {run.folder}", seconds=PATIENCE)
