@@ -85,6 +85,7 @@ make_base() {
 }
 
 : >"$STATE/build.log"
+buildah rm --all >/dev/null # of scripts that were killed
 buildah inspect --type image "$base" >/dev/null 2>&1 || check_disk
 [[ -s $STATE/standin/debian.tar ]] || make_debian
 make_base
