@@ -28,7 +28,7 @@ test: corpus  ## every test that needs no GPU and is not slow
 test-slow: corpus  ## the tests that take minutes
 	$(BIN)/pytest -q -m "slow and not gpu and not slurm and not parity_full" --timeout 1800
 
-test-slurm: corpus  ## the scripts of examples/slurm/ on a two-node Slurm cluster, started here; as root, installs Slurm
+test-slurm: corpus  ## the scripts of examples/slurm/ on a Slurm cluster, started here; as root, installs Slurm
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -q -m slurm --timeout 1800 tests/slurm
 
 test-parallel-full: venv  ## every legal parallel layout of at most 8 processes, not only those that cover every pair

@@ -26,6 +26,17 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a positive whole number")
+    return int(text)
+
+
+def both_spellings(option: str) -> tuple[str, str]:
+    """ "--an-option" and "--an_option", as the configuration's keys are spelled."""
+    return f"--{option}", f"--{option.replace('-', '_')}"
+
+
 def share(text: str) -> float:
     try:
         value = float(text)

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import megatron_mm1
-from megatron_mm1.arguments import FAILED, add_command, positive_int, share
+from megatron_mm1.arguments import FAILED, add_command, both_spellings, count, positive_int, share
 from megatron_mm1.checkpoint.commands import convert
 from megatron_mm1.data.commands import add_data_commands, data_inspect
 from megatron_mm1.errors import ConfigError, UserError
@@ -62,15 +61,14 @@ def train(argv: Sequence[str]) -> int:
     from megatron_mm1.config.loading import load_config
 
     config = load_config(argv)
-    from megatron_mm1.training.interruption import SIGNALS
+    evaluation = None
+    if config.evaluation.interval:
+        from megatron_mm1.evaluation.in_training import live_evaluation
+
+        evaluation = live_evaluation(config)
     from megatron_mm1.training.trainer import train
 
-    if train(config):
-        return 0
-    # The launcher that ends this rank because another one has ended shall see the code, not its own signal.
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    return ENDED_BY_SIGNAL
+    return 0 if train(config, evaluation=evaluation) else ENDED_BY_SIGNAL
 
 
 def parity(argv: Sequence[str]) -> int:
@@ -232,8 +230,32 @@ def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="NAME",
         help="built-in name or package.module.Class; repeatable",
     )
+    evaluation.add_argument("--data", action="append", default=[], metavar="TASK=DIR", help="a task's data; repeatable")
     evaluation.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
-    evaluation.add_argument("--limit", type=positive_int, metavar="N", help="examples per task at most")
+    evaluation.add_argument("--limit", type=positive_int, metavar="N", help="items per task at most")
+    evaluation.add_argument(
+        "--shots",
+        type=count,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="demonstrations in front of each item; several numbers are set side by side (0)",
+    )
+    evaluation.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of demonstrations (0)")
+    evaluation.add_argument(
+        "--control", action="store_true", help="evaluate again with the images of the demonstrations exchanged"
+    )
+    evaluation.add_argument(
+        *both_spellings("high-resolution-shots"),
+        type=count,
+        metavar="N",
+        help="only the last N demonstrations are shown in high resolution (all)",
+    )
+    evaluation.add_argument(
+        *both_spellings("chain-of-thought"),
+        action="store_true",
+        help="demonstrations with their reasoning; the answer is taken out of the model's",
+    )
     _add_parallel_sizes(evaluation)
 
 
@@ -270,10 +292,8 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
     for dimension in ("tensor", "pipeline", "expert"):
-        option = f"--{dimension}-model-parallel-size"
         parser.add_argument(
-            option,
-            option.replace("-", "_").replace("__", "--", 1),
+            *both_spellings(f"{dimension}-model-parallel-size"),
             type=positive_int,
             metavar="N",
             help="instead of the checkpoint's",
@@ -290,8 +310,6 @@ def _report(error: UserError, *, rank: int) -> None:
     if rank == 0:
         print(f"mm1: error: {_describe(error)}", file=sys.stderr, flush=True)
         return
-    # The launcher that ends this rank meanwhile shall see what ended it, not the launcher's own signal.
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(USER_ERROR))
     time.sleep(GRACE_SECONDS)
     if not isinstance(error, ConfigError):
         print(f"mm1: error on rank {rank}: {_describe(error)}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -184,7 +184,7 @@ def _made(make: Make, index: Any) -> Any:
         return _Failure(traceback.format_exc(), is_users=False)
 
 
-def from_workers(pool: WorkerPool, indices: Iterable[Any]) -> Iterator[Any]:
+def from_workers(pool: WorkerPool, indices: Iterable[Any]) -> Generator[Any]:
     """A pass of a pool that ends with it."""
     try:
         yield from pool.run(indices)
@@ -192,7 +192,7 @@ def from_workers(pool: WorkerPool, indices: Iterable[Any]) -> Iterator[Any]:
         pool.close()
 
 
-def from_thread(make: Make, indices: Iterable[Any], *, prefetch: int) -> Iterator[Any]:
+def from_thread(make: Make, indices: Iterable[Any], *, prefetch: int) -> Generator[Any]:
     """`make(index)` for each index, made by a thread that runs ahead; its exceptions are raised here."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
     stopped = threading.Event()

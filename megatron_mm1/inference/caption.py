@@ -9,6 +9,7 @@ from megatron_mm1.data.images import UnusableImage, check_image
 from megatron_mm1.data.records import Image
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.loading import ParallelSizes, open_engine
+from megatron_mm1.inference.requests import Failure, GenerationRequest
 
 
 def caption_main(args: Namespace) -> None:
@@ -22,10 +23,12 @@ def caption_main(args: Namespace) -> None:
     with open_engine(args.checkpoint, sizes=ParallelSizes.of(args)) as engine:
         if engine.config.data.text_only:
             raise UserError(f"{args.checkpoint} was trained with data.text_only, so it sees no images: use another")
-        captions = engine.generate(prompts, max_new_tokens=args.max_new_tokens)
+        answers = engine.generate(
+            [GenerationRequest(prompt=prompt, max_new_tokens=args.max_new_tokens) for prompt in prompts]
+        )
         if torch.distributed.get_rank() == 0:
-            for path, caption in zip(args.image, captions, strict=True):
-                print(f"{path}: {caption.strip()}")
+            for path, answer in zip(args.image, answers, strict=True):
+                print(f"{path}: {answer.message if isinstance(answer, Failure) else answer.text.strip()}")
 
 
 def _read_image(path: Path) -> Image:

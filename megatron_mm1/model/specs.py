@@ -82,14 +82,14 @@ def _modules(backend: str, *, context_parallel: bool) -> _Modules:
         )
     from megatron.core.extensions import transformer_engine as te
 
-    from megatron_mm1.model.te_attention import ContextParallelAttention
+    from megatron_mm1.model.te_attention import ContextParallelAttention, PackedAttention
 
     return _Modules(
         stack=HybridStack,
         norm=te.TENorm,
         column_parallel=te.TELayerNormColumnParallelLinear,
         row_parallel=te.TERowParallelLinear,
-        core_attention=ContextParallelAttention if context_parallel else te.TEDotProductAttention,
+        core_attention=ContextParallelAttention if context_parallel else PackedAttention,
         mask=AttnMaskType.padding_causal,
         activation=None,  # megatron-core fuses it
         fused_norm=True,

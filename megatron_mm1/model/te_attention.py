@@ -1,4 +1,4 @@
-"""Transformer Engine's packed attention under context parallelism.
+"""Transformer Engine's packed attention, beside cached sequences and under context parallelism.
 
 Transformer Engine can split packed sequences over ranks itself, but only where the length of every example is a
 multiple of 2 C, which would change what is packed with the layout. Instead each rank gathers keys and values and runs
@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megatron_mm1.model.cached_attention import CachedAttentionParams
 from megatron_mm1.parallel.context import ChunkBoundaries, gather_positions
 
 
@@ -29,6 +30,24 @@ class ContextParallelParams(PackedSeqParams):
     """
 
     chunks: tuple[ChunkBoundaries, ...] = ()
+
+
+class PackedAttention(te.TEDotProductAttention):
+    """TEDotProductAttention, or attention to cached positions; arguments as there."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        packed_seq_params: PackedSeqParams,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As TEDotProductAttention, where `packed_seq_params` does not say otherwise."""
+        if isinstance(packed_seq_params, CachedAttentionParams):
+            return packed_seq_params.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
+        return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
 
 
 class ContextParallelAttention(te.TEDotProductAttention):
@@ -49,7 +68,7 @@ class ContextParallelAttention(te.TEDotProductAttention):
         value: Tensor,
         attention_mask: Tensor | None,
         *args: Any,
-        packed_seq_params: ContextParallelParams,
+        packed_seq_params: ContextParallelParams | CachedAttentionParams,
         **kwargs: Any,
     ) -> Tensor:
         """Attend.
@@ -62,6 +81,8 @@ class ContextParallelAttention(te.TEDotProductAttention):
         Returns:
             [T / C, 1, heads * head_dim].
         """
+        if isinstance(packed_seq_params, CachedAttentionParams):  # each rank has all positions of a pass
+            return packed_seq_params.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
         queries = query.squeeze(1).chunk(2)
         keys, values = gather_positions(torch.stack((key.squeeze(1), value.squeeze(1)), 1), self.context_group).unbind(
             1

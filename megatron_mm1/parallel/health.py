@@ -90,8 +90,13 @@ def health_main(*, least_share: float) -> bool:
     store = initialize_process_group(timeout_minutes=_MINUTES)
     try:
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        limits = {"silence_limit": _SILENCE_SECONDS, "standstill_limit": 60 * _MINUTES - 5}
-        with watched(store, rank=rank, world_size=world_size, **limits) as pulse:
+        with watched(
+            store,
+            rank=rank,
+            world_size=world_size,
+            silence_limit=_SILENCE_SECONDS,
+            standstill_limit=60 * _MINUTES - 5,
+        ) as pulse:
             nodes = measure(socket.gethostname(), sizes=default_sizes(), pulse=pulse)
             problems = unfit(nodes, least_share=least_share)
             if rank == 0:

@@ -28,7 +28,8 @@ def config(run_dir, *, save_interval=0, train_iters=6):
 
 
 def losses(run_dir):
-    return [json.loads(line)["lm_loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    records = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
+    return [record["lm_loss"] for record in records if record["kind"] == "train"]
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
-"""A real Slurm cluster on this computer: two nodes that run jobs, and 32 with GPUs that only exist for the scheduler.
+"""A real Slurm cluster on this computer: three nodes that run jobs, and 32 that only exist for the scheduler.
 
     python -m tests.slurm.cluster COMMAND..
 
 runs a command, which finds the cluster by $SLURM_CONF, and ends the cluster with it. Everything the cluster writes is
-in one temporary folder; Slurm is installed if it is missing. For root on Debian.
+in one temporary folder. For root on Debian; Slurm is installed if it is missing.
 """
 
 import os
@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 
 from tests.slurm.machine import Machine, command_line, wait_until
 
-NODES = ("node1", "node2")
+NODES = ("node1", "node2", "node3")
+"""Two for a job, and one to go on with when another is lost."""
 _PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
 _SECONDS = 60
 
@@ -53,7 +54,7 @@ SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 PlugStackConfig={folder}/plugstack.conf
 GresTypes=gpu
-NodeName=node[1-2] NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=8 RealMemory=4000 Gres=gpu:8
+NodeName=node[1-3] NodeAddr=127.0.0.1 Port=[{node_ports}] CPUs=8 RealMemory=4000 Gres=gpu:8
 # As a cluster of H100 machines declares itself; CLOUD nodes need not answer for the scheduler to plan with them.
 NodeName=h100-[1-32] CPUs=96 RealMemory=1900000 Gres=gpu:8 State=CLOUD
 ResumeProgram=/bin/true
@@ -61,12 +62,12 @@ SuspendProgram=/bin/true
 SuspendTime=INFINITE
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=low Nodes=node[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=high Nodes=node[1-2] MaxTime=INFINITE PriorityTier=20 PreemptMode=OFF
+PartitionName=low Nodes=node[1-3] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=high Nodes=node[1-3] MaxTime=INFINITE PriorityTier=20 PreemptMode=OFF
 PartitionName=h100 Nodes=h100-[1-32] MaxTime=INFINITE PriorityTier=1 PreemptMode=OFF
 """
 _GPUS = """\
-NodeName=node[1-2] Name=gpu File={folder}/nvidia[0-7] AutoDetect=off
+NodeName=node[1-3] Name=gpu File={folder}/nvidia[0-7] AutoDetect=off
 NodeName=h100-[1-32] Name=gpu Count=8 AutoDetect=off
 """
 _MUNGED = (
@@ -81,7 +82,7 @@ class Cluster:
     Attributes:
         folder: everything it writes.
         environment: in which commands find it.
-        nodes: its two machines by name.
+        nodes: its machines by name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -98,9 +99,14 @@ class Cluster:
         self._write_files()
         self._controller.start()
         wait_until((self.folder / "munge.socket").exists, "munge's socket")
+        self.restart_nodes()
+
+    def restart_nodes(self) -> None:
+        """Start the nodes that are down, and wait until every node is idle."""
         for node in self.nodes.values():
-            node.start()
-        wait_until(lambda: self._idle() == set(NODES), "both nodes to be idle")
+            if not node.is_up:
+                node.start()
+        wait_until(lambda: self._idle() == set(NODES), "all nodes to be idle")
 
     def _write_files(self) -> None:
         (self.folder / "controller").mkdir()
@@ -132,7 +138,7 @@ class Cluster:
         wait_until(lambda: not self._processes_of_jobs(), f"processes to end: {self._processes_of_jobs()}", seconds=10)
 
     def _processes_of_jobs(self) -> list[str]:
-        commands = [command_line(process) for node in self.nodes.values() for process in node.processes()]
+        commands = [command_line(process) for node in self.nodes.values() if node.is_up for process in node.processes()]
         return [" ".join(command) for command in commands if command and command[0] not in ("bash", "slurmd")]
 
     def power_off(self) -> None:
@@ -159,7 +165,8 @@ class Cluster:
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    """A cluster for the block, which has to end or leave to the cluster all jobs that it starts."""
+    """A cluster for the block; jobs that are left at its end are cancelled."""
+    assert os.geteuid() == 0, "the cluster's machines are namespaces, which only root can make"
     install_slurm()
     with TemporaryDirectory(prefix="mm1-slurm-") as folder:
         Path(folder).chmod(0o755)  # munge wants its socket where everybody may come
@@ -173,10 +180,21 @@ def running_cluster() -> Iterator[Cluster]:
 
 
 def install_slurm() -> None:
+    """Install those of its packages that are missing; the services that they bring stay off."""
     missing = [package for command, package in _PACKAGES.items() if shutil.which(command) is None]
-    if missing:
+    if not missing:
+        return
+    policy = Path("/usr/sbin/policy-rc.d")  # Debian's packages ask it whether they may start a service
+    is_open = not policy.exists()
+    if is_open:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
         install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing]
         subprocess.run(install, check=True, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
+    finally:
+        if is_open:
+            policy.unlink()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -45,7 +45,8 @@ class Run:
 
     def starts(self) -> int:
         """Of its job."""
-        return len((self.folder / "starts").read_text().splitlines())
+        starts = self.folder / "starts"
+        return len(starts.read_text().splitlines()) if starts.exists() else 0
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in the newest checkpoint: weights, moments, steps. Files hold them in an order that varies."""
@@ -84,6 +85,12 @@ class Submitter:
     def output(self, job: str) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"job-{job}_*.log")))
 
+    def nodes(self, job: str) -> list[str]:
+        """That a job runs on; the first one runs its script."""
+        return self.cluster.run(
+            "scontrol", "show", "hostnames", self.cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%N")
+        ).split()
+
     def wait(self, job: str, state: str = "COMPLETED", *, seconds: float = PATIENCE) -> None:
         """Until a job is in a state; fails with what it has printed if it ends in another one."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
@@ -96,7 +103,7 @@ class Submitter:
         wait_until(is_there, f"job {job} to be {state}", seconds=seconds)
 
     def wait_for_steps(self, run: Run, count: int, *, start: int = 1) -> None:
-        """Until a job's start with this number, or one after it, has made some steps."""
-        wait_until(lambda: run.folder.exists() and run.starts() >= start, f"start {start}", seconds=PATIENCE)
+        """Until a job's start with this number has made some steps."""
+        wait_until(lambda: run.starts() == start, f"start {start}", seconds=PATIENCE)
         before = len(run.losses())
         wait_until(lambda: len(run.losses()) >= before + count, f"steps of {run.folder}", seconds=PATIENCE)

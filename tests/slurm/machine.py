@@ -15,7 +15,7 @@ _NEW_MACHINE = [
     *("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--uts", "--propagation", "private"),
 ]
 # The shell stays the first process: like any machine's, it takes on processes whose parents have ended.
-_BOOT = 'mount --bind "$1" /etc/hosts; hostname "$2"; trap "" TERM; eval "$3" & wait'
+_BOOT = 'mount --bind "$1" /etc/hosts; hostname "$2"; eval "$3" & wait'
 
 
 class Machine:
@@ -36,6 +36,10 @@ class Machine:
         self._daemons, self._hosts, self._environment, self._log = daemons, hosts, environment, log
         self._unshare: subprocess.Popen[bytes] | None = None
         self._first = self._namespace = -1
+
+    @property
+    def is_up(self) -> bool:
+        return self._unshare is not None
 
     def start(self) -> None:
         boot = ["bash", "-ec", _BOOT, "_", str(self._hosts), self.name, self._daemons]

@@ -40,7 +40,7 @@ def system_files() -> dict[str, int]:
 
 
 def submit_stray(cluster: Cluster) -> None:
-    cluster.run("sbatch", "--nodes=2", "--output=/dev/null", "--wrap", f"srun bash -c '{STRAY}'")
+    cluster.run("sbatch", f"--nodes={len(NODES)}", "--output=/dev/null", "--wrap", f"srun bash -c '{STRAY}'")
     for node in cluster.nodes.values():
         wait_until(lambda node=node: ["sleep", "987654"] in map(command_line, node.processes()), "the job")
 
@@ -54,7 +54,7 @@ def test_a_cluster_takes_everything_with_it(cluster):
     assert traces(folder) == []
     assert not Path(folder).exists()
     assert system_files() == before
-    assert set(cluster.run("srun", "--nodes=2", "hostname").split()) == set(NODES)  # this one lives on
+    assert set(cluster.run("srun", f"--nodes={len(NODES)}", "hostname").split()) == set(NODES)  # this one lives on
 
 
 def test_a_cluster_ends_with_the_process_that_started_it():
