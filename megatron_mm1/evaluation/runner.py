@@ -25,6 +25,8 @@ from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.loading import AS_TRAINED, ParallelSizes, open_engine
 
 _JOURNAL = "finished"
+IMAGES_TOGETHER = 8
+"""Encoded at a time, always: resumed or not, and however many copies there are, an image becomes the same."""
 _SHOWN_REFUSALS = 5
 
 
@@ -104,7 +106,7 @@ def evaluate(
     conditions = plan(built, series, limit=limit)
     checkpoint = find_checkpoint(checkpoint)
     identity = _identity(checkpoint)
-    with open_engine(checkpoint, sizes=sizes) as engine:
+    with open_engine(checkpoint, sizes=sizes, images_together=IMAGES_TOGETHER) as engine:
         parallel = asdict(engine.config.parallel)
         journal = Journal(output / _JOURNAL, model=_digest(identity, parallel))
         results = run(engine, conditions, copies=copies_of(engine), journal=journal)

@@ -16,14 +16,13 @@ from megatron_mm1.evaluation.items import Candidate
 from megatron_mm1.evaluation.journal import Journal
 from megatron_mm1.evaluation.plan import Condition, Series, plan
 from megatron_mm1.evaluation.results import write_results
-from megatron_mm1.evaluation.runner import copies_of, run
+from megatron_mm1.evaluation.runner import IMAGES_TOGETHER, copies_of, run
 from megatron_mm1.evaluation.task import Outcome, Refusal
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
 from megatron_mm1.parity.batches import synthetic_batches
 from megatron_mm1.training.build import build_module, named_parameters
 from megatron_mm1.training.checkpointing import load_weights
-from megatron_mm1.training.step import run_batches
 from tests.new_words import NewWords
 from tests.parallel.jobs import Run
 
@@ -42,7 +41,13 @@ def conditions(folder: Path, *, num_items: int = 11, series: Series = SERIES) ->
 def _engine(config: MM1Config, checkpoint: Path, groups: Any) -> Engine:
     model = build_module(config, backend="local", pg_collection=groups)
     load_weights(checkpoint, [model], pg_collection=groups)
-    return Engine(config, model, open_tokenizer(config.data.tokenizer), pg_collection=groups)
+    return Engine(
+        config,
+        model,
+        open_tokenizer(config.data.tokenizer),
+        pg_collection=groups,
+        images_together=IMAGES_TOGETHER,
+    )
 
 
 def answer(config: MM1Config, checkpoint: Path, folder: Path) -> list[tuple[Outcome | Refusal, ...]]:
@@ -95,8 +100,8 @@ def interrupt_and_go_on(config: MM1Config, checkpoint: Path, folder: Path, outpu
 
 
 def train_with_and_without(config: MM1Config, folder: Path) -> tuple[list[Any], list[Any], list[dict[str, float]]]:
-    """What three steps come to without and with an evaluation after each: losses, then weights, moments, gradients of
-    one more batch and random states; and the figures of the evaluations.
+    """What three steps come to without and with an evaluation after each: losses, modes, weights, optimizer and random
+    numbers; and the figures of the evaluations.
     """
     evaluation = TaskEvaluation(config, conditions(folder, num_items=5))
     states, figures = [], []
@@ -111,8 +116,6 @@ def train_with_and_without(config: MM1Config, folder: Path) -> tuple[list[Any], 
         state.append([chunk.training for chunk in run.model])
         state += [weight.detach().clone() for _, weight in named_parameters(run.model)]
         state += [value for value in _tensors(run.optimizer.state_dict())]
-        run_batches(config, run.model, batches, pg_collection=run.groups, forward_only=False)
-        state += [weight.main_grad.clone() for _, weight in named_parameters(run.model) if weight.requires_grad]
         state.append(torch.get_rng_state())
         states.append(state)
         run.close()

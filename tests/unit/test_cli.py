@@ -57,7 +57,7 @@ def raise_(error: BaseException) -> Any:
 def test_train_hands_over_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(monkeypatch, "megatron_mm1.training.trainer", "train")
     assert main(["train", "--preset", "mm1-tiny"]) == 0
-    assert calls.only == ((preset("mm1-tiny"),), {})
+    assert calls.only == ((preset("mm1-tiny"),), {"evaluation": None})
 
 
 def test_data_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
