@@ -24,7 +24,7 @@ base=$(sed -n 's/^ARG BASE=//p' Dockerfile)
 pip_setting() { # NAME as in pip.conf -> its value, of a variable or a file
   local variable=PIP_${1^^}
   variable=${variable//-/_}
-  echo "${!variable:-$(python3 -m pip config get "global.$1" 2>/dev/null || true)}"
+  echo "${!variable:-$(HOME=$CALLER_HOME python3 -m pip config get "global.$1" 2>/dev/null || true)}"
 }
 
 write_pip_settings() { # for the build alone: package indices on the network, and where the certificates lie there
@@ -85,6 +85,7 @@ make_base() {
 }
 
 : >"$STATE/build.log"
+buildah rm --all >/dev/null # of scripts that were killed
 buildah inspect --type image "$base" >/dev/null 2>&1 || check_disk
 [[ -s $STATE/standin/debian.tar ]] || make_debian
 make_base

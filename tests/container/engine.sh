@@ -10,6 +10,7 @@ STATE=$(cd "$STATE" && pwd -P)
 # shellcheck disable=SC2034  # for the scripts
 IMAGE=localhost/megatron_mm1
 
+export CALLER_HOME=${CALLER_HOME:-$HOME} # where pip's settings may lie
 export STATE TMPDIR=$STATE/tmp HOME=$STATE/home
 export CONTAINERS_STORAGE_CONF=$STATE/storage.conf CONTAINERS_CONF=$STATE/containers.conf
 export BUILDAH_ISOLATION=chroot # needs neither a runtime, systemd nor control groups; the network is the machine's
