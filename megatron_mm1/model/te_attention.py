@@ -7,28 +7,16 @@ queries, and the causal mask is aligned at its end. Imported only where Transfor
 """
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.extensions import transformer_engine as te
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_mm1.parallel.context import ChunkBoundaries, gather_positions
-
-
-@dataclass
-class ContextParallelParams(PackedSeqParams):
-    """The boundaries of this rank's two chunks, in the argument that megatron-core hands down to attention.
-
-    Rotary positions run on over the flattened microbatch: qkv_format is not "thd", and max_seqlen_q is T, so that
-    megatron-core slices its rotary embedding by context-parallel rank.
-    """
-
-    chunks: tuple[ChunkBoundaries, ...] = ()
+from megatron_mm1.model.packed_attention import ContextParallelParams
+from megatron_mm1.parallel.context import gather_positions
 
 
 class ContextParallelAttention(te.TEDotProductAttention):
