@@ -1,10 +1,11 @@
 """Attention within packed examples by the flash kernels that torch brings, for the Transformer Engine backend.
 
 Transformer Engine has no kernels of its own: it takes flash-attn's where that package is installed, cuDNN's where its
-version will do, and else multiplies whole matrices of scores, five times slower in a step of the 30B's blocks. torch's
-kernels are always there.
+version will do, and else multiplies whole matrices of scores. torch's kernels are always there. On an H200, a step of
+two of the 30B's blocks took 896 ms with them and 3,002 ms with whole matrices (docs/fp8.md).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_mm1.model.attention import LocalAttention
@@ -77,23 +79,16 @@ class PackedAttention(LocalAttention):
         if packed_seq_params is None:
             return super().forward(query, key, value, None)
         if isinstance(packed_seq_params, ContextParallelParams):
-            return self._own_chunks(query, key, value, packed_seq_params.chunks)
-        return self._attend(query, key, value, packed_seq_params).flatten(1)
-
-    def _own_chunks(self, query: Tensor, key: Tensor, value: Tensor, chunks: tuple[ChunkBoundaries, ...]) -> Tensor:
-        """A segment that began before a chunk has more keys than queries; the causal mask is aligned at its end."""
-        assert self.context_group is not None
-        gathered = gather_positions(torch.stack((key.squeeze(1), value.squeeze(1)), dim=1), self.context_group)
-        context = []
-        for queries, chunk in zip(query.squeeze(1).chunk(2), chunks, strict=True):
-            keys, values = gathered[chunk.key_start : chunk.key_stop].unbind(1)
-            context.append(self._attend(queries, keys, values, chunk))
-        return torch.cat(context).flatten(1).unsqueeze(1)
+            assert self.context_group is not None
+            return attend_from_chunks(
+                self._attend, query, key, value, chunks=packed_seq_params.chunks, group=self.context_group
+            )
+        return self._attend(query, key, value, packed_seq_params)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, boundaries: PackedSeqParams | ChunkBoundaries
     ) -> Tensor:
-        """[T, heads, head_dim]."""
+        """[T, heads * head_dim]."""
         context = varlen_attn(
             query,
             key,
@@ -106,4 +101,36 @@ class PackedAttention(LocalAttention):
             window_size=self.window,
         )
         assert isinstance(context, Tensor)
-        return context
+        return context.flatten(1)
+
+
+def attend_from_chunks(
+    attend: Callable[[Tensor, Tensor, Tensor, ChunkBoundaries], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    chunks: tuple[ChunkBoundaries, ...],
+    group: ProcessGroup,
+) -> Tensor:
+    """Attend from a rank's own two chunks of queries to everyone's keys.
+
+    A segment that began before a chunk has more keys than queries, so `attend` aligns its causal mask at the end.
+
+    Args:
+        attend: of queries [T / 2 C, heads, head_dim], the keys and values that their chunk needs, and its boundaries;
+            returns [T / 2 C, heads * head_dim].
+        query: [T / C, 1, heads, head_dim].
+        key, value: [T / C, 1, groups, head_dim].
+        chunks: of this rank, the earlier first.
+        group: the context-parallel ranks.
+
+    Returns:
+        [T / C, 1, heads * head_dim].
+    """
+    gathered = gather_positions(torch.stack((key.squeeze(1), value.squeeze(1)), dim=1), group)
+    context = []
+    for queries, chunk in zip(query.squeeze(1).chunk(2), chunks, strict=True):
+        keys, values = gathered[chunk.key_start : chunk.key_stop].unbind(1)
+        context.append(attend(queries, keys, values, chunk))
+    return torch.cat(context).unsqueeze(1)

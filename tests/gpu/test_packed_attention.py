@@ -7,6 +7,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_mm1.data.batch import Boundaries
+from megatron_mm1.model import packed_attention
 from megatron_mm1.model.packed_attention import ContextParallelParams, PackedAttention
 from megatron_mm1.parallel.context import ChunkBoundaries, local_chunks, local_positions
 from megatron_mm1.parallel.device import device
@@ -127,13 +128,9 @@ def test_packed_examples(groups, lengths, heads, kernel):
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_parts_of_context_parallel_ranks(groups, lengths, count, kernel, monkeypatch):
     """What each rank of a context-parallel group computes, one after the other; what they would gather is at hand."""
-    from megatron_mm1.model import packed_attention, te_attention
+    from megatron_mm1.model.te_attention import ContextParallelAttention
 
-    module, cls = (
-        (packed_attention, PackedAttention)
-        if kernel == "torch"
-        else (te_attention, te_attention.ContextParallelAttention)
-    )
+    cls = PackedAttention if kernel == "torch" else ContextParallelAttention
     ids = segments(LENGTHS[lengths])
     ids = torch.cat([ids, ids.new_zeros(-len(ids) % (2 * count))])  # padding is an example of its own
     query, key, value, gradient = inputs(len(ids), 4, 2, 64)
@@ -150,7 +147,7 @@ def test_parts_of_context_parallel_ranks(groups, lengths, count, kernel, monkeyp
             )
             params = ContextParallelParams(chunks=chunks)
             mine = (local_positions(x, ranks).unsqueeze(1) for x in qkv)
-            monkeypatch.setattr(module, "gather_positions", lambda local, group: torch.stack(qkv[1:], dim=1))
+            monkeypatch.setattr(packed_attention, "gather_positions", lambda local, group: torch.stack(qkv[1:], dim=1))
             output = attention(*mine, None, packed_seq_params=params).squeeze(1)
             index = local_positions(torch.arange(len(ids), device=device()), ranks)
             whole = whole.index_copy(0, index, output)
