@@ -253,6 +253,9 @@ class OptimizerConfig:
     """Global gradient norm limit [M]."""
 
 
+AttentionKernel = Literal["torch", "transformer_engine"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchSizeStage:
     """A stretch of smaller (or other) batches before `training.global_batch_size` holds."""
@@ -280,6 +283,9 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     layer_backend: Literal["auto", "transformer_engine", "local"] = "auto"
     """auto: Transformer Engine where it works, else local."""
+    attention_kernel: AttentionKernel = "torch"
+    """Attention of the Transformer Engine backend: torch's flash kernels, or what Transformer Engine finds, which is
+    cuDNN's where its version will do, flash-attn's where that is installed, and else slow matrix products."""
     freeze: tuple[Literal["tower", "connector", "decoder"], ...] = ()
     """Parts that are not trained: without gradients and optimizer state."""
     frozen_steps: dict[str, int] = field(default_factory=dict)
