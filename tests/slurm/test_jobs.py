@@ -64,8 +64,9 @@ def test_the_time_limit_is_announced_and_a_cancelled_job_stays_away(submitter, c
     submitter.wait_for_steps(run, 2)
     minutes = int(time.time() - (run.folder / "starts").stat().st_mtime) // 60
     cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")  # Slurm looks every 30 s
+    wait_until(lambda: "requeued, to go on" in submitter.output(job), "the signal", seconds=PATIENCE)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     submitter.wait_for_steps(run, 2, start=2)
-    assert submitter.output(job).count("requeued, to go on") == 1
 
     cluster.run("scancel", job)
     submitter.wait(job, "CANCELLED")
