@@ -1,11 +1,12 @@
 # PYTHON, TORCH_INDEX and VENV are explained in tools/bootstrap.sh; pip's own variables (PIP_INDEX_URL, ...) work as usual.
 .DEFAULT_GOAL := help
 .PHONY: help venv corpus quickstart test test-slow test-slurm test-parallel-full test-newest test-gpu bench-gpu
-.PHONY: bench-gpu-dry-run lint format lock clean
+.PHONY: bench-gpu-dry-run container-test lint format lock clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-SHELL_SCRIPTS = .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh examples/*/*.env)
+SHELL_SCRIPTS = .ci/run $(wildcard tools/*.sh examples/*.sh examples/*/*.sh examples/*/*.env tests/container/*.sh)
+DOCKERFILES = Dockerfile tests/container/standin.Dockerfile
 export VENV
 export OMP_NUM_THREADS ?= 1
 
@@ -47,11 +48,15 @@ bench-gpu: venv  ## speed on one H100: slices of the presets, at most 8 minutes;
 bench-gpu-dry-run: venv  ## the same without a GPU: every slice and variant on torch's meta device
 	$(BIN)/python benchmarks/gpu.py --dry-run
 
-lint: venv  ## ruff, mypy, shellcheck
+container-test: venv  ## the Dockerfile, built on a stand-in for its base image, and tests inside; Debian, as root
+	PYTHON=$(BIN)/python tests/container/test.sh
+
+lint: venv  ## ruff, mypy, shellcheck, hadolint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy megatron_mm1
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+	$(BIN)/hadolint $(DOCKERFILES)
 
 format: venv  ## ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

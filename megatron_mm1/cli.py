@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from megatron_mm1.arguments import FAILED, add_command, positive_int, share
 from megatron_mm1.checkpoint.commands import convert
 from megatron_mm1.data.commands import add_data_commands, data_inspect
 from megatron_mm1.errors import ConfigError, UserError
+from megatron_mm1.evaluation_commands import add_evaluation_commands
+from megatron_mm1.inference_commands import add_inference_commands
 from megatron_mm1.planning.commands import add_plan_commands, plan_fp8
 
 USER_ERROR = 2
@@ -62,15 +63,14 @@ def train(argv: Sequence[str]) -> int:
     from megatron_mm1.config.loading import load_config
 
     config = load_config(argv)
-    from megatron_mm1.training.interruption import SIGNALS
+    evaluation = None
+    if config.evaluation.interval:
+        from megatron_mm1.evaluation.in_training import live_evaluation
+
+        evaluation = live_evaluation(config)
     from megatron_mm1.training.trainer import train
 
-    if train(config):
-        return 0
-    # The launcher that ends this rank because another one has ended shall see the code, not its own signal.
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    return ENDED_BY_SIGNAL
+    return 0 if train(config, evaluation=evaluation) else ENDED_BY_SIGNAL
 
 
 def parity(argv: Sequence[str]) -> int:
@@ -93,22 +93,16 @@ def health(args: argparse.Namespace) -> int:
     return 0 if health_main(least_share=args.least_share) else FAILED
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    from megatron_mm1.evaluation.runner import evaluate_main
-
-    evaluate_main(args)
-
-
-def caption(args: argparse.Namespace) -> None:
-    from megatron_mm1.inference.caption import caption_main
-
-    caption_main(args)
-
-
 def config_presets(args: argparse.Namespace) -> None:
     from megatron_mm1.planning.report import presets_table
 
     print(presets_table())
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from megatron_mm1.doctor.report import doctor_main
+
+    return doctor_main(args)
 
 
 def print_version(args: argparse.Namespace) -> None:
@@ -129,8 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="prepare training data").add_subparsers(required=True, metavar="COMMAND")
     add_data_commands(data)
 
-    _add_eval(commands)
-    _add_caption(commands)
+    add_evaluation_commands(commands)
+    add_inference_commands(commands)
     commands.add_parser("convert", help="import, export and change checkpoints (mm1 convert --help)")
 
     checkup = add_command(commands, "health", health, "measure every node of a job, and name those that are unfit")
@@ -152,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True, metavar="COMMAND"
     )
     add_command(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
+    _add_doctor(commands)
     add_command(commands, "version", print_version, "print the versions that matter")
     return parser
 
@@ -215,41 +210,25 @@ def build_bench_step_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    evaluation = add_command(commands, "eval", evaluate, "evaluate a checkpoint")
-    evaluation.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
-    evaluation.add_argument(
-        "--task",
-        required=True,
-        action="append",
-        metavar="NAME",
-        help="built-in name or package.module.Class; repeatable",
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctoring = add_command(commands, "doctor", doctor, "print what this machine can run, and what it lacks")
+    doctoring.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("quickstart", "train", "gpu"),
+        default="quickstart",
+        help="what decides over the exit code: the quickstart, training on other data, or on GPUs (%(default)s)",
     )
-    evaluation.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
-    evaluation.add_argument("--limit", type=positive_int, metavar="N", help="examples per task at most")
-    _add_parallel_sizes(evaluation)
-
-
-def _add_caption(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    captioning = add_command(commands, "caption", caption, "describe images")
-    captioning.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
-    captioning.add_argument("--image", required=True, type=Path, nargs="+", action="extend", metavar="FILE")
-    captioning.add_argument(
-        "--max-new-tokens", "--max_new_tokens", type=positive_int, default=32, metavar="N", help="(%(default)s)"
+    doctoring.add_argument("--json", action="store_true", help="the same for programs")
+    doctoring.add_argument(
+        "--run-dir", "--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="disk to look at (%(default)s)"
     )
-    _add_parallel_sizes(captioning)
-
-
-def _add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
-    for dimension in ("tensor", "pipeline", "expert"):
-        option = f"--{dimension}-model-parallel-size"
-        parser.add_argument(
-            option,
-            option.replace("-", "_").replace("__", "--", 1),
-            type=positive_int,
-            metavar="N",
-            help="instead of the checkpoint's",
-        )
+    doctoring.add_argument(
+        "--corpus", type=Path, default=Path(".cache/demo-corpus"), metavar="DIR", help="demo corpus (%(default)s)"
+    )
+    doctoring.add_argument(
+        "--timeout", type=positive_int, default=60, metavar="SECONDS", help="limit of each look (%(default)s)"
+    )
 
 
 def _report(error: UserError, *, rank: int) -> None:
@@ -262,8 +241,6 @@ def _report(error: UserError, *, rank: int) -> None:
     if rank == 0:
         print(f"mm1: error: {_describe(error)}", file=sys.stderr, flush=True)
         return
-    # The launcher that ends this rank meanwhile shall see what ended it, not the launcher's own signal.
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(USER_ERROR))
     time.sleep(GRACE_SECONDS)
     if not isinstance(error, ConfigError):
         print(f"mm1: error on rank {rank}: {_describe(error)}", file=sys.stderr, flush=True)

@@ -34,8 +34,10 @@ step() {
   local nodes=$1 per_node=$2 cpus mounts
   shift 2
   cpus=$((SLURM_CPUS_ON_NODE / per_node))
+  # When a rank fails, the others end by themselves within seconds, with an exit code that says why (docs/faults.md). Slurm may
+  # kill those that do not, but not at once: the step's exit code is the highest, and would be that of a kill.
   local options=(--nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node"
-    --cpus-per-task="$((cpus > 0 ? cpus : 1))" --kill-on-bad-exit=1)
+    --cpus-per-task="$((cpus > 0 ? cpus : 1))" --kill-on-bad-exit=0 --wait=60)
   mounts=$(for folder in "${CONTAINER_MOUNTS[@]}"; do printf ',%s:%s' "$folder" "$folder"; done)
   case $CONTAINER in
     none) srun "${options[@]}" "$@" ;;

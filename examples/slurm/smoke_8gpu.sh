@@ -19,6 +19,7 @@ set -euo pipefail
 source examples/slurm/launch.sh
 
 OUTPUT=${OUTPUT:-runs/smoke/$SLURM_JOB_ID}
+SMOKE_FOR=${SMOKE_FOR:-gpu} # what mm1 doctor decides by
 SMOKE_STEPS=${SMOKE_STEPS:-50}
 SMOKE_PRECISION=${SMOKE_PRECISION:-bf16}
 SMOKE_FP8_RECIPE=${SMOKE_FP8_RECIPE:-fp8_tensorwise} # bf16: machines without FP8 train in bf16 twice
@@ -34,10 +35,6 @@ part() {
   "$@"
   touch "$OUTPUT/$name.done"
   say "$name: passed after $((SECONDS - started)) s"
-}
-
-doctor() {
-  if on_first_node doctor --help >/dev/null 2>&1; then on_first_node doctor; fi
 }
 
 parity() {
@@ -71,7 +68,7 @@ export_model() {
 }
 
 mkdir -p "$OUTPUT"
-part doctor doctor
+part doctor on_first_node doctor --for "$SMOKE_FOR"
 part parity parity
 part bf16 train_with_requeue
 part fp8 train_small fp8 "$SMOKE_FP8_RECIPE"

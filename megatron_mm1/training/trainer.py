@@ -19,6 +19,7 @@ from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.loader import train_batches, validation_batches
 from megatron_mm1.data.plan import training_data
 from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_mm1.errors import UserError
 from megatron_mm1.faults.stacks import stacks_on_signal
 from megatron_mm1.faults.watch import Pulse, watched
 from megatron_mm1.parallel.device import layer_backend
@@ -31,9 +32,11 @@ from megatron_mm1.parallel.groups import (
 from megatron_mm1.planning.fp8 import check_fp8_shapes
 from megatron_mm1.training.build import component_learning_rates
 from megatron_mm1.training.figures import Window, introduction
+from megatron_mm1.training.freezing import frozen_components
 from megatron_mm1.training.guard import Guard
 from megatron_mm1.training.interruption import Interruption, interruptible
 from megatron_mm1.training.lag import LagMeter
+from megatron_mm1.training.live import LiveEvaluation
 from megatron_mm1.training.logging import RunLogger, console_line
 from megatron_mm1.training.progress import Progress
 from megatron_mm1.training.recovery import end_run, roll_back
@@ -44,8 +47,11 @@ from megatron_mm1.training.step import StepStatistics, pass_over, train_step
 from megatron_mm1.training.validation import validate_model
 
 
-def train(config: MM1Config) -> bool:
+def train(config: MM1Config, *, evaluation: LiveEvaluation | None = None) -> bool:
     """Train as `config` says: from scratch, from `checkpoint.load`, or on from this run's newest checkpoint.
+
+    Args:
+        evaluation: what is called every `evaluation.interval` steps.
 
     Returns:
         Whether it came to its last step; False: a signal ended it earlier, with a checkpoint to go on from.
@@ -54,6 +60,8 @@ def train(config: MM1Config) -> bool:
         UserError: the configuration, the data or the checkpoint does not allow the run, and nothing has been written;
             or `faults` has ended it.
     """
+    if config.evaluation.interval and evaluation is None:
+        raise UserError("evaluation.interval is set, and this run was started without an evaluation: use mm1 train")
     validate(config, world_size=launcher_ranks()[1])
     check_fp8_shapes(config)
     backend = layer_backend(config)
@@ -89,7 +97,7 @@ def train(config: MM1Config) -> bool:
                 interruption=interruption,
             )
             with stacks_on_signal(stacks, rank):
-                run.train()
+                run.train(evaluation)
             torch.distributed.barrier()
         destroy_process_groups()
         return run.iteration >= config.training.train_iters
@@ -123,9 +131,6 @@ class Run:
         if start is not None:
             self.progress.load(start)
 
-        self.num_microbatches = config.training.global_batch_size // (
-            config.training.micro_batch_size * groups.dp.size()
-        )
         self._open_batches = partial(train_batches, config, tokenizer=tokenizer, data=self.data, **place)
         self.batches: Generator[PackedBatch] = self._open_batches(consumed_sequences=self.progress.consumed)
         self.dealer = Dealer.of(config, self.data.plan, dp_size=groups.dp.size())
@@ -134,10 +139,14 @@ class Run:
         self.logger = RunLogger(config, iteration=self.iteration, enabled=is_logger, wandb_run_id=wandb_run_id)
         for line in introduction(config, self.progress.model, backend=backend, groups=groups):
             self.logger.say(line)
+        for sentence in self.data.long_documents():
+            self.logger.say(f" {sentence}")
         if start is not None:
             self.logger.say(f" starting from {start.checkpoint}")
             if self.progress.missing:
                 self.logger.say(f" not in it, and so drawn anew: {', '.join(self.progress.missing)}")
+            for change in start.changes:
+                self.logger.say(f" {change} from step {self.iteration + 1:,} on")
             if self.progress.has_other_data:
                 consumed = self.progress.consumed
                 self.logger.say(f" on another data plan than it was trained on, from sequence {consumed:,}")
@@ -163,17 +172,20 @@ class Run:
         """Optimizer steps taken."""
         return self.progress.iteration
 
-    def train(self) -> None:
-        """Step until `train_iters` or an interruption, with validation, logs and checkpoints at their intervals."""
+    def train(self, evaluation: LiveEvaluation | None = None) -> None:
+        """Step until `train_iters` or an interruption, with validation, `evaluation`, logs and checkpoints at their
+        intervals.
+        """
         training, last = self.config.training, self.config.training.train_iters
         window = Window(self.config)
         if training.eval_interval and self.iteration < last:
             self.validate()
+        if evaluation is not None and self.iteration < last:
+            self.evaluate(evaluation)
         ends = self.iteration >= last
         while not ends:
             self.interruption.begin()
-            # Of this step; the scheduler then moves on.
-            rates = component_learning_rates(self.config, self.progress.optimizer)
+            rates = self.learning_rates()  # of this step; the scheduler then moves on
             is_logged = self._is_due(self.config.logging.log_interval)
             statistics = self.step(window, is_logged=is_logged)
             is_interrupted = self.interruption.agreed()
@@ -187,9 +199,10 @@ class Run:
                 self._log(window, statistics, rates)
                 window = Window(self.config, skipped=window.skipped, nan=window.nan)
             ends = is_interrupted or self.iteration == last
-            is_validated = self.iteration == last or (not ends and self._is_multiple(training.eval_interval))
-            if training.eval_interval and is_validated:
+            if self._is_looked_at(training.eval_interval, ends=ends):
                 self.validate()
+            if evaluation is not None and self._is_looked_at(self.config.evaluation.interval, ends=ends):
+                self.evaluate(evaluation)
             if ends:
                 self.saver.max_failures = 0  # nothing comes after it
             if ends or self._is_multiple(self.config.checkpoint.save_interval):
@@ -200,6 +213,11 @@ class Run:
             self.logger.say(f" interrupted by a signal: ending after iteration {self.iteration}, which is saved")
         self.logger.close()
 
+    def learning_rates(self) -> dict[str, float]:
+        """Of the coming step, by component; 0 for those that do not train yet."""
+        frozen = frozen_components(self.config.training, consumed_sequences=self.progress.consumed)
+        return component_learning_rates(self.config, self.progress.optimizer) | dict.fromkeys(frozen, 0.0)
+
     def _is_due(self, interval: int) -> bool:
         """Whether something done every `interval` steps and after the last is due after the coming step."""
         coming = self.iteration + 1
@@ -207,6 +225,11 @@ class Run:
 
     def _is_multiple(self, interval: int) -> bool:
         return bool(interval) and self.iteration % interval == 0
+
+    def _is_looked_at(self, interval: int, *, ends: bool) -> bool:
+        """Whether the model is to be judged now: every `interval` steps, but not before ending for a signal."""
+        is_last = self.iteration == self.config.training.train_iters
+        return bool(interval) and (is_last or (not ends and self._is_multiple(interval)))
 
     def _log(self, window: Window, statistics: StepStatistics, rates: Mapping[str, float]) -> None:
         """The figures of the steps since the last ones, and the ranks that lagged behind in this step."""
@@ -225,13 +248,15 @@ class Run:
         global_batch = self.progress.global_batch
         self.pulse.enter("data", step=self.iteration + 1)
         started = time.perf_counter()
+        sequences = self.progress.batch_sizes.at(global_batch)
         with self.lag.measuring(is_logged and self.pulse.status.settled):  # not while kernels compile
-            microbatches = list(islice(self.batches, self.num_microbatches))
+            microbatches = list(islice(self.batches, self._num_microbatches(sequences)))
             waited = time.perf_counter() - started
             self.pulse.enter("step", step=self.iteration + 1)
             statistics = self._update(microbatches, is_logged=is_logged)
         seconds = time.perf_counter() - started
-        window.add(statistics, self.dealer.images_per_rank(global_batch), seconds=seconds, waited=waited)
+        images_per_rank = self.dealer.images_per_rank(global_batch)
+        window.add(statistics, images_per_rank, sequences=sequences, seconds=seconds, waited=waited)
         self.progress.advance()
         return statistics
 
@@ -272,12 +297,26 @@ class Run:
         self.logger.go_back(self.iteration)
         return True
 
+    def _num_microbatches(self, sequences: int) -> int:
+        """Of this rank in a global batch of so many sequences."""
+        return sequences // (self.config.training.micro_batch_size * self.groups.dp.size())
+
     def validate(self) -> None:
         self.pulse.enter("validation", step=self.iteration)
         losses = validate_model(self.config, self.progress.model, self.held_out, pg_collection=self.groups)
         self.logger.record("validation", self.iteration, losses)
         text = " | ".join(f"{name}: {loss:.4f}" for name, loss in losses.items())
         self.logger.say(f" validation at iteration {self.iteration} | {text} |")
+
+    def evaluate(self, evaluation: LiveEvaluation) -> None:
+        def moves() -> None:
+            self.pulse.enter("evaluation", step=self.iteration)
+
+        moves()
+        figures = evaluation(self.progress.model, pg_collection=self.groups, moves=moves)
+        self.logger.record("evaluation", self.iteration, figures)
+        text = " | ".join(f"{name}: {value:.4f}" for name, value in figures.items())
+        self.logger.say(f" evaluation at iteration {self.iteration} | {text} |")
 
     def save(self) -> None:
         self.pulse.enter("checkpoint", step=self.iteration)

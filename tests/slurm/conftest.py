@@ -37,7 +37,9 @@ def smoke_test(cluster: Cluster, demo_corpus: Path, tmp_path_factory: pytest.Tem
     """smoke_8gpu.sh with two processes, submitted when this is first asked for; call it to wait for what it prints."""
     submit = Submitter.of(cluster, tmp_path_factory.mktemp("smoke"))
     submit.settings("PROCESSES_PER_NODE=2\nTRAIN_OPTIONS=(--data.seq_length 128 --training.eval_interval 0)\n")
-    small = dict(SMOKE_STEPS="20", SMOKE_PRECISION="fp32", SMOKE_FP8_RECIPE="bf16", SMOKE_LAYOUTS="DP2")
+    small = dict(
+        SMOKE_STEPS="20", SMOKE_PRECISION="fp32", SMOKE_FP8_RECIPE="bf16", SMOKE_LAYOUTS="DP2", SMOKE_FOR="train"
+    )
     job = submit("smoke_8gpu.sh", "--time=30", **small)
 
     def wait() -> str:

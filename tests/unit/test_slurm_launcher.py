@@ -97,8 +97,8 @@ def test_each_gpu_gets_a_task_in_the_container(job, container, expected):
     assert job('on_every_gpu train --preset "mm1 tiny"').returncode == 0
     [words] = job.started()
     expected = [word.format(mounts=f"{here}:{here},/data:/data", here=here) for word in expected]
-    steps = ["--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12", "--kill-on-bad-exit=1"]
-    assert words == steps + expected + MM1
+    step = ["--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12"]
+    assert words == [*step, "--kill-on-bad-exit=0", "--wait=60", *expected, *MM1]
 
 
 def test_torchrun_is_one_task_a_node(job):
