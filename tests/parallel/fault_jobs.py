@@ -123,6 +123,13 @@ def slow_data(run: FaultyRun) -> Iterator[None]:
 
 
 @contextmanager
+def end_once_gone_back(run: FaultyRun) -> Iterator[None]:
+    if run.guard.passed_over:
+        raise UserError("ended on purpose")
+    yield
+
+
+@contextmanager
 def dead_workers(run: FaultyRun) -> Iterator[None]:
     """Every loader process of this rank is killed."""
     workers = [process for process in multiprocessing.active_children() if process.name == "data-worker"]
@@ -138,6 +145,7 @@ FAULTS: Mapping[str, Callable[[FaultyRun], Any]] = {
     "slow images": slow_images,
     "slow data": slow_data,
     "dead workers": dead_workers,
+    "end once gone back": end_once_gone_back,
     "spike": lambda run: changed_gradients(run, lambda gradient: gradient.add_(1e6)),
 }
 

@@ -1,17 +1,38 @@
 """What the workers of test_interruption.py run: the trainer, with a signal at a chosen moment."""
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_mm1.config import MM1Config
 from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
-from megatron_mm1.training import trainer
+from megatron_mm1.training import saving, trainer
 from megatron_mm1.training.interruption import interruptible
 from megatron_mm1.training.resume import starting_point
+
+
+@contextmanager
+def held_writer() -> Iterator[None]:
+    """The thread that writes a checkpoint begins, and then waits until the block is over."""
+    write, is_over = saving._Strategy.write, threading.Event()
+
+    def held(strategy: saving._Strategy) -> list[Any]:
+        is_over.wait()
+        return write(strategy)
+
+    saving._Strategy.write = held  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        is_over.set()
+        saving._Strategy.write = write  # type: ignore[method-assign]
 
 
 class SignalledRun(trainer.Run):
@@ -28,8 +49,10 @@ class SignalledRun(trainer.Run):
         return statistics
 
     def save(self) -> None:
-        super().save()
-        if self.in_save:
+        if not self.in_save:
+            return super().save()
+        with held_writer():
+            super().save()
             self._send()
 
     def _send(self) -> None:

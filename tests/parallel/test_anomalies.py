@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -118,13 +117,12 @@ def test_a_rollback_replays_what_came_before_and_passes_the_batch_over(pool, exp
     assert losses(run)[BAD + 1] is None
 
 
-def test_a_run_that_was_killed_after_a_rollback_still_passes_the_batch_over(pool, expected, tmp_path):
+def test_a_run_that_ends_after_a_rollback_goes_on_from_there_and_still_passes_the_batch_over(pool, expected, tmp_path):
     run = tmp_path / "run"
     config = config_of(run, nonfinite_policy="rollback", rollback_steps=2)
-    pool(2).run(fault_jobs.train, config, {BAD: "images"})
-    for step in (4, 6):
-        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
-    (run / "checkpoints" / "latest").write_text("step-00000002\n")
+    faults = {2: "end once gone back", BAD: "images"}
+    assert pool(2).run(fault_jobs.train, config, faults) == ["ended on purpose"] * 2
+    assert latest(run) == "step-00000002"
     assert pool(2).run(fault_jobs.train, config, {BAD: "images"}) == ["", ""]
     assert len(events(run)) == 1
     assert_equal(pool, run, expected())
@@ -175,4 +173,4 @@ def test_a_rank_that_works_longer_is_named_though_all_take_as_long(pool, demo_co
     found = {line["iteration"]: line for line in lines if line["kind"] == "straggler"}
     for iteration, rank in ((3, 1), (5, 0)):
         assert re.match(rf"rank {rank} \(host \S+, pid \d+\)", found[iteration]["who"])
-        assert found[iteration]["seconds"] > found[iteration]["median"] + 0.4
+        assert found[iteration]["seconds"] > 0.5
