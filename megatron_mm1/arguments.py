@@ -20,6 +20,17 @@ def add_command(
     return parser
 
 
+def add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
+    """The layout that a checkpoint is run in."""
+    for dimension in ("tensor", "pipeline", "expert"):
+        parser.add_argument(
+            *both_spellings(f"{dimension}-model-parallel-size"),
+            type=positive_int,
+            metavar="N",
+            help="instead of the checkpoint's",
+        )
+
+
 def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")

@@ -9,10 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import megatron_mm1
-from megatron_mm1.arguments import FAILED, add_command, both_spellings, count, positive_int, share
+from megatron_mm1.arguments import FAILED, add_command, positive_int, share
 from megatron_mm1.checkpoint.commands import convert
 from megatron_mm1.data.commands import add_data_commands, data_inspect
 from megatron_mm1.errors import ConfigError, UserError
+from megatron_mm1.evaluation_commands import add_evaluation_commands
+from megatron_mm1.inference_commands import add_inference_commands
 from megatron_mm1.planning.commands import add_plan_commands, plan_fp8
 
 USER_ERROR = 2
@@ -91,18 +93,6 @@ def health(args: argparse.Namespace) -> int:
     return 0 if health_main(least_share=args.least_share) else FAILED
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    from megatron_mm1.evaluation.runner import evaluate_main
-
-    evaluate_main(args)
-
-
-def caption(args: argparse.Namespace) -> None:
-    from megatron_mm1.inference.caption import caption_main
-
-    caption_main(args)
-
-
 def config_presets(args: argparse.Namespace) -> None:
     from megatron_mm1.planning.report import presets_table
 
@@ -133,8 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="prepare training data").add_subparsers(required=True, metavar="COMMAND")
     add_data_commands(data)
 
-    _add_eval(commands)
-    _add_caption(commands)
+    add_evaluation_commands(commands)
+    add_inference_commands(commands)
     commands.add_parser("convert", help="import, export and change checkpoints (mm1 convert --help)")
 
     checkup = add_command(commands, "health", health, "measure every node of a job, and name those that are unfit")
@@ -220,55 +210,6 @@ def build_bench_step_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    evaluation = add_command(commands, "eval", evaluate, "evaluate a checkpoint")
-    evaluation.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
-    evaluation.add_argument(
-        "--task",
-        required=True,
-        action="append",
-        metavar="NAME",
-        help="built-in name or package.module.Class; repeatable",
-    )
-    evaluation.add_argument("--data", action="append", default=[], metavar="TASK=DIR", help="a task's data; repeatable")
-    evaluation.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
-    evaluation.add_argument("--limit", type=positive_int, metavar="N", help="items per task at most")
-    evaluation.add_argument(
-        "--shots",
-        type=count,
-        nargs="+",
-        default=[0],
-        metavar="N",
-        help="demonstrations in front of each item; several numbers are set side by side (0)",
-    )
-    evaluation.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of demonstrations (0)")
-    evaluation.add_argument(
-        "--control", action="store_true", help="evaluate again with the images of the demonstrations exchanged"
-    )
-    evaluation.add_argument(
-        *both_spellings("high-resolution-shots"),
-        type=count,
-        metavar="N",
-        help="only the last N demonstrations are shown in high resolution (all)",
-    )
-    evaluation.add_argument(
-        *both_spellings("chain-of-thought"),
-        action="store_true",
-        help="demonstrations with their reasoning; the answer is taken out of the model's",
-    )
-    _add_parallel_sizes(evaluation)
-
-
-def _add_caption(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    captioning = add_command(commands, "caption", caption, "describe images")
-    captioning.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
-    captioning.add_argument("--image", required=True, type=Path, nargs="+", action="extend", metavar="FILE")
-    captioning.add_argument(
-        "--max-new-tokens", "--max_new_tokens", type=positive_int, default=32, metavar="N", help="(%(default)s)"
-    )
-    _add_parallel_sizes(captioning)
-
-
 def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     doctoring = add_command(commands, "doctor", doctor, "print what this machine can run, and what it lacks")
     doctoring.add_argument(
@@ -288,16 +229,6 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     doctoring.add_argument(
         "--timeout", type=positive_int, default=60, metavar="SECONDS", help="limit of each look (%(default)s)"
     )
-
-
-def _add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
-    for dimension in ("tensor", "pipeline", "expert"):
-        parser.add_argument(
-            *both_spellings(f"{dimension}-model-parallel-size"),
-            type=positive_int,
-            metavar="N",
-            help="instead of the checkpoint's",
-        )
 
 
 def _report(error: UserError, *, rank: int) -> None:

@@ -192,6 +192,10 @@ class DataConfig:
     """Positions per sequence [P]."""
     max_images_per_sequence: int = 16
     """[P]"""
+    long_documents: Literal["split", "cut", "drop"] = "split"
+    """What becomes of a document that does not fit a sequence: all of it in stretches; "cut" where the last trained
+    stretch ends that fits, as a conversation's answer does, without the rest; or left out. None is cut inside an image.
+    """
     packing_lookahead: int = 64
     """Sequences kept open while packing best-fit."""
     text_only: bool = False
@@ -219,10 +223,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW in PyTorch's form: weight_decay is multiplied by the learning rate (the paper's lambda = 0.1 lr [P/M])."""
+    """AdamW in PyTorch's form: weight_decay is multiplied by the learning rate (the paper's lambda = 0.1 lr [P/M]). Or
+    AdaFactor with given learning rates, as the paper fine-tunes [P].
+    """
 
     lr: float
     """Peak learning rate of the decoder, and of each component without one of its own."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """AdaFactor keeps second moments of a matrix as a row and a column of it, and no first ones."""
     vision_lr: float | None = None
     connector_lr: float | None = None
     min_lr_ratio: float = 0.1
@@ -235,8 +243,27 @@ class OptimizerConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
+    adafactor_decay_rate: float = -0.8
+    """Step n counts as n to this power in the running mean of squared gradients (AdaFactor's paper)."""
+    adafactor_eps: float = 1e-30
+    """Added to squared gradients."""
+    adafactor_clip_threshold: float = 1.0
+    """Limit of the root mean square of a tensor's update before the learning rate."""
     clip_grad: float = 1.0
     """Global gradient norm limit [M]."""
+
+
+AttentionKernel = Literal["torch", "transformer_engine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSizeStage:
+    """A stretch of smaller (or other) batches before `training.global_batch_size` holds."""
+
+    until: int
+    """The first step that is not in it, counted from 0."""
+    global_batch_size: int
+    """Sequences per step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +272,8 @@ class TrainingConfig:
     """Sequences per rank and microbatch."""
     global_batch_size: int = 512
     """Sequences per step [P]."""
+    batch_size_ramp: tuple[BatchSizeStage, ...] = ()
+    """Other batch sizes to begin with, by increasing `until`. Warm-up and cosine go by sequences, not by steps."""
     train_iters: int = 200_000
     """Steps [P]."""
     eval_interval: int = 1000
@@ -254,8 +283,17 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     layer_backend: Literal["auto", "transformer_engine", "local"] = "auto"
     """auto: Transformer Engine where it works, else local."""
+    attention_kernel: AttentionKernel = "torch"
+    """Attention of the Transformer Engine backend: torch's flash kernels, or what Transformer Engine finds, which is
+    cuDNN's where its version will do, flash-attn's where that is installed, and else slow matrix products."""
     freeze: tuple[Literal["tower", "connector", "decoder"], ...] = ()
     """Parts that are not trained: without gradients and optimizer state."""
+    frozen_steps: dict[str, int] = field(default_factory=dict)
+    """Parts (tower, connector, decoder) that are not trained in the first so many steps, and then are."""
+    output_z_loss_coeff: float = 0.0
+    """Weight of the squared log-sum-exp of the output logits of trained tokens; 1e-4 in the 30B [M]. The losses that
+    are reported leave it out.
+    """
     recompute_granularity: Literal["selective", "full"] | None = None
     """Compute activations of the decoder anew in the backward pass instead of keeping them: of `recompute_modules`, or
     of whole layers."""
@@ -317,6 +355,10 @@ class CheckpointConfig:
     accept_other_data: bool = False
     """Go on from `load` or the run's own checkpoint with another data plan than it was trained on, from the same number
     of sequences.
+    """
+    accept_other_schedule: bool = False
+    """Go on from `load` or the run's own checkpoint with other optimizer settings, batch sizes, frozen steps or z-loss,
+    each of which is then named. Steps that were taken keep their batch sizes (`training.batch_size_ramp`).
     """
     max_save_failures: int = 2
     """Checkpoints in a row that may fail to be written (a full disk); one more, or the last one, ends the run."""

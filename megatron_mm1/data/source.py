@@ -94,6 +94,15 @@ class IndexedSource:
             rows[ranges(begins[places], begins[places] + counts[places])] = found[:, [_POSITION, _HEIGHT, _WIDTH]]
         return rows[:, 0], rows[:, 1:]
 
+    def trained(self, documents: np.ndarray) -> list[np.ndarray]:
+        """[tokens] bool for each document: which of its stored tokens are targets of the loss."""
+        requests = []
+        for document in documents.tolist():
+            part, local = self._place(document)
+            start, stop = self._documents[part][local : local + 2, 0].tolist()
+            requests.append(Range(f"{self.manifest.parts[part].name}/trained.bin", start, stop))
+        return [np.frombuffer(content, np.uint8).astype(bool) for content in self._storage.read(requests)]
+
     def image_rows(self, part: int) -> np.ndarray:
         """[I, 6] of one part of the manifest, columns IMAGE_COLUMNS."""
         return self._images[part]

@@ -9,7 +9,7 @@ from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.fewshot import FewShot, Request
 from megatron_mm1.evaluation.items import ImageFile, Prompt
 from megatron_mm1.evaluation.task import Outcome, Refusal, Task
-from megatron_mm1.inference.requests import Failure, Generation, GenerationRequest, Score, ScoringRequest
+from megatron_mm1.inference.requests import Failure, Generation, GenerationRequest, ImageOfSize, Score, ScoringRequest
 
 
 class Responder(Protocol):
@@ -53,7 +53,9 @@ def _answered(
         generations[:] = responder.generate(
             [
                 GenerationRequest(
-                    prompt=_shown(one.prompt, images), max_new_tokens=stopping.max_new_tokens, stop=stopping.strings
+                    prompt=_shown(one.prompt, images, settings),
+                    max_new_tokens=stopping.max_new_tokens,
+                    stop=stopping.strings,
                 )
                 for one, images in usable
             ]
@@ -61,7 +63,7 @@ def _answered(
     scores = iter(
         responder.score(
             [
-                ScoringRequest(prompt=_shown(prompt, images), continuation=text)
+                ScoringRequest(prompt=_shown(prompt, images, settings), continuation=text)
                 for one, images in usable
                 for prompt, text in one.scored
             ]
@@ -73,8 +75,14 @@ def _answered(
     ]
 
 
-def _shown(prompt: Prompt, images: _Images) -> list[Text | Image]:
-    return [images[part] if isinstance(part, ImageFile) else part for part in prompt]
+def _shown(prompt: Prompt, images: _Images, settings: FewShot) -> list[Text | Image]:
+    return [_sized(images[part], part, settings) if isinstance(part, ImageFile) else part for part in prompt]
+
+
+def _sized(image: Image, file: ImageFile, settings: FewShot) -> Image:
+    if settings.high_resolution is None or not file.high_resolution:
+        return image
+    return ImageOfSize(image.data, image_size=settings.high_resolution)
 
 
 def _outcome(

@@ -89,7 +89,10 @@ def _chunks(conditions: Sequence[Condition]) -> Iterator[_Chunk]:
         requests = [one for _, one in condition.asked if isinstance(one, Request)]
         for start in range(0, len(requests), _CHUNK):
             together = tuple(requests[start : start + _CHUNK])
-            digest = digest_of_chunk(together, condition.settings.stopping(condition.task))
+            settings = condition.settings
+            digest = digest_of_chunk(
+                together, settings.stopping(condition.task), high_resolution=settings.high_resolution
+            )
             yield _Chunk(condition, together, digest)
 
 

@@ -17,17 +17,20 @@ class FewShot:
     Attributes:
         shots: demonstrations in front of each item.
         seed: of the draw.
-        high_resolution_shots: how many demonstrations, the last ones, show their images in high resolution; None:
-            all. MM1 has 3 after fine-tuning [M]. A model that sees every image in one resolution is not affected.
+        high_resolution: px, of the side of images in high resolution; None: every image has the size that the model
+            was trained with.
+        high_resolution_shots: how many demonstrations, the last ones, show their images in high resolution, as the
+            item itself does; None: all. MM1 has 3 after fine-tuning [M].
         chain_of_thought: demonstrations carry their reasoning, and the answer is taken out of the model's.
         permute_images: the control: no image of the demonstrations is where it belongs, and nothing else changes.
 
     Raises:
-        UserError: a number is negative.
+        UserError: a number is negative, or says something about high resolution where there is none.
     """
 
     shots: int = 0
     seed: int = 0
+    high_resolution: int | None = None
     high_resolution_shots: int | None = None
     chain_of_thought: bool = False
     permute_images: bool = False
@@ -36,6 +39,11 @@ class FewShot:
         if self.shots < 0 or (self.high_resolution_shots or 0) < 0:
             raise UserError(
                 f"{self.shots} shots, {self.high_resolution_shots} of them in high resolution: give 0 or more"
+            )
+        if self.high_resolution_shots is not None and self.high_resolution is None:
+            raise UserError(
+                f"only {self.high_resolution_shots} demonstrations in high resolution, but no high resolution: "
+                "say how many px it is, or leave this out"
             )
 
     def template(self, task: Task, item: Item) -> Template:

@@ -19,7 +19,7 @@ from megatron_mm1.training.build import Model
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """A `training.trainer.LiveEvaluation`.
+    """A `training.live.LiveEvaluation`.
 
     Attributes:
         conditions: what is asked each time.

@@ -19,7 +19,7 @@ class ImageFile:
     Attributes:
         path: of the image, or of the Parquet table that holds it.
         row, column: where in the table; None: the file is the image.
-        high_resolution: whether the model may see it in more than its smallest resolution (tiled, say).
+        high_resolution: whether it is shown in the high resolution, where an evaluation has two.
     """
 
     path: Path

@@ -17,12 +17,12 @@ Outcomes = tuple[Outcome | Refusal, ...]
 """Of the requests of a chunk, in order."""
 
 
-def digest_of_chunk(requests: Sequence[Request], stopping: Stopping) -> str:
-    """Names what is asked: texts, places of images and where answers end.
+def digest_of_chunk(requests: Sequence[Request], stopping: Stopping, *, high_resolution: int | None = None) -> str:
+    """Names what is asked: texts, places and sizes of images, and where answers end.
 
     A chunk is the unit because answers depend, in their last digits, on what they are computed together with.
     """
-    return xxhash.xxh3_128_hexdigest(repr((tuple(requests), stopping)).encode())
+    return xxhash.xxh3_128_hexdigest(repr((tuple(requests), stopping, high_resolution)).encode())
 
 
 class Journal:

@@ -35,7 +35,10 @@ def evaluate_main(args: Namespace) -> None:
     `FewShot` and `ParallelSizes`.
     """
     settings = FewShot(
-        seed=args.seed, high_resolution_shots=args.high_resolution_shots, chain_of_thought=args.chain_of_thought
+        seed=args.seed,
+        high_resolution=args.high_resolution,
+        high_resolution_shots=args.high_resolution_shots,
+        chain_of_thought=args.chain_of_thought,
     )
     results = evaluate(
         args.checkpoint,

@@ -36,7 +36,7 @@ class Pulse:
         return replace(self.status, place=place_of(self._thread))
 
     def enter(self, phase: str, *, step: int) -> None:
-        """Begin a phase of a step: "data", "step", "validation", "checkpoint", "end"."""
+        """Begin a phase of a step: "data", "step", "validation", "evaluation", "checkpoint", "end"."""
         before = self.status
         # One assignment, so that the other thread never reads half of it.
         self.status = replace(

@@ -1,7 +1,7 @@
 """One copy of the model: the ranks that answer together, and a pass through their pipeline stages."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -91,6 +91,19 @@ class Replica:
         if self.groups.pp.size() > 1:
             torch.distributed.broadcast(numbers, group=self.groups.pp, group_src=0)
         return numbers
+
+    def share_out[Item, Result](
+        self, items: Sequence[Item], work: Callable[[list[Item]], Sequence[Result]]
+    ) -> list[Result]:
+        """What `work` makes of the items, in their order, on every rank of the job; each copy of the model does its
+        share. `work` gives a result for each item.
+        """
+        share = range(self.index, len(items), self.count)
+        done = dict(zip(share, work([items[index] for index in share]), strict=True))
+        gathered: list[dict[int, Result]] = [{} for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(gathered, done if self.is_leader else {})
+        everything = {index: result for part in gathered for index, result in part.items()}
+        return [everything[index] for index in range(len(items))]
 
     @contextmanager
     def answering(self) -> Iterator[None]:

@@ -8,7 +8,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_mm1.model.cached_attention import CachedAttentionParams
 from megatron_mm1.parallel.context import gather_positions, local_positions
 
 
@@ -57,7 +56,6 @@ class LocalAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        self.layer_number = layer_number
         self.softmax_scale = softmax_scale
         self.context_group = pg_collection.cp if pg_collection is not None else None
 
@@ -77,13 +75,10 @@ class LocalAttention(torch.nn.Module):
             query: [s, b, heads, head_dim]; with a mask, s = B * S (this rank's part of it) and b = 1.
             key, value: [s, b, groups, head_dim], groups dividing heads.
             attention_mask: of `segment_mask`, True where attention is allowed; None: everything sees everything.
-            packed_seq_params: says in the mask's place what positions attend to, where they go on from cached ones.
 
         Returns:
             [s, b, heads * head_dim].
         """
-        if isinstance(packed_seq_params, CachedAttentionParams):
-            return packed_seq_params.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
         sequence, batch, heads, head_dim = query.shape
         if attention_mask is not None:
             rows = attention_mask.shape[0]

@@ -1,14 +1,10 @@
-"""Attention of a decoder that generates: keys and values of earlier positions are kept, and examples have any lengths.
-
-megatron-core hands `PackedSeqParams` down to its attention modules. Those here say what each position attends to, and
-both backends' modules then leave attending to them; it is torch's scaled_dot_product_attention with either.
-"""
+"""Attention of a decoder that generates: keys and values of earlier positions are kept, sequences have any lengths."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -44,22 +40,20 @@ class KeyValueCache:
                 stored[target, :, :length] = stored[source, :, :length]
 
 
-@dataclass
-class CachedAttentionParams(PackedSeqParams):
+class Attention(Protocol):
     """What the positions of a pass, flattened to [T], attend to."""
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
+    def __call__(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One layer's attention.
 
         Args:
             query: [T, 1, heads, head_dim], rotated.
             key, value: [T, 1, groups, head_dim], keys rotated.
-            scale: of the products; None: 1 / sqrt(head_dim).
 
         Returns:
             [T, 1, heads * head_dim].
         """
-        raise NotImplementedError
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,8 +71,8 @@ class Stretch:
     row: int | None = None
 
 
-@dataclass
-class StretchAttention(CachedAttentionParams):
+@dataclass(frozen=True)
+class StretchAttention:
     """Causal attention within stretches and to those that they continue; positions in none of them attend to nothing.
 
     Attributes:
@@ -86,44 +80,48 @@ class StretchAttention(CachedAttentionParams):
         cache: what rows of stretches are of.
     """
 
-    stretches: Sequence[Stretch] = ()
+    stretches: Sequence[Stretch]
     cache: KeyValueCache | None = None
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
+    def __call__(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         context = torch.zeros_like(query)
-        by_head = [x.squeeze(1).transpose(0, 1) for x in (query, key, value)]  # [heads or groups, T, head_dim]
+        queries, keys, values = (
+            x.transpose(0, 2).transpose(0, 1) for x in (query, key, value)
+        )  # [1, heads, T, head_dim]
         for stretch in self.stretches:
             own = slice(stretch.start, stretch.stop)
-            queries, keys, values = (x[None, :, own] for x in by_head)
-            mask = None
-            if stretch.behind is not None:
-                before = self.stretches[stretch.behind]
-                past = slice(before.start, before.stop)
-                keys, values = (torch.cat((x[None, :, past], x[None, :, own]), dim=2) for x in by_head[1:])
-                mask = _causal_mask(queries.shape[2], keys.shape[2], device=query.device)
+            seen_keys, seen_values = self._seen(keys, stretch), self._seen(values, stretch)
             attended = scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
+                queries[:, :, own],
+                seen_keys,
+                seen_values,
+                attn_mask=None if stretch.behind is None else _causal_mask(stretch, seen_keys),
+                is_causal=stretch.behind is None,
                 enable_gqa=keys.shape[1] != queries.shape[1],
             )
-            context[own, 0] = attended[0].transpose(0, 1)
+            context[own] = attended.permute(2, 0, 1, 3)
             if stretch.row is not None and self.cache is not None:
                 for stored, new in zip(self.cache.layer(layer_number, key), (keys, values), strict=True):
-                    stored[stretch.row, :, : stretch.stop - stretch.start] = new[0]
+                    stored[stretch.row, :, : stretch.stop - stretch.start] = new[0, :, own]
         return context.flatten(2)
 
+    def _seen(self, x: Tensor, stretch: Stretch) -> Tensor:
+        """The keys or values [1, groups, n, head_dim] that a stretch attends to, its own last."""
+        own = x[:, :, stretch.start : stretch.stop]
+        if stretch.behind is None:
+            return own
+        before = self.stretches[stretch.behind]
+        return torch.cat((x[:, :, before.start : before.stop], own), dim=2)
 
-def _causal_mask(queries: int, keys: int, *, device: torch.device) -> Tensor:
-    """[queries, keys] True where the query, the last of which is the last key, sees the key."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+def _causal_mask(stretch: Stretch, keys: Tensor) -> Tensor:
+    """[n, keys] True where a position of the stretch, the last of which is the last key, sees the key."""
+    queries, num_keys = stretch.stop - stretch.start, keys.shape[2]
+    return torch.ones(queries, num_keys, dtype=torch.bool, device=keys.device).tril(num_keys - queries)
 
 
 @dataclass
-class DecodeAttention(CachedAttentionParams):
+class DecodeAttention:
     """Position t of a pass continues the sequence in row t of the cache, which its key and value are added to.
     Positions beyond the rows are padding and attend to nothing.
 
@@ -131,10 +129,11 @@ class DecodeAttention(CachedAttentionParams):
         lengths: positions that each of the first rows has in the cache already.
     """
 
-    cache: KeyValueCache = field(kw_only=True)
-    lengths: Sequence[int] = field(kw_only=True)
+    cache: KeyValueCache
+    lengths: Sequence[int]
+    _tensors: tuple[Tensor, Tensor, Tensor] | None = field(init=False, default=None)
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
+    def __call__(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, (heads, head_dim), groups = len(self.lengths), query.shape[-2:], key.shape[-2]
         number, place, mask = self._on(query.device)
         keys, values = self.cache.layer(layer_number, key)
@@ -146,11 +145,10 @@ class DecodeAttention(CachedAttentionParams):
             keys[:rows, :, :longest],
             values[:rows, :, :longest],
             attn_mask=mask,
-            scale=scale,
-        )
-        context = query.new_zeros(len(query), 1, heads * head_dim)
-        context[:rows, 0] = attended.reshape(rows, heads * head_dim)
-        return context
+        ).reshape(rows, 1, heads * head_dim)
+        if rows == len(query):
+            return attended
+        return torch.cat((attended, attended.new_zeros(len(query) - rows, *attended.shape[1:])))
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [n], the place of each one's new position [n], and what it sees [n, 1, 1, keys]: once for all layers."""
@@ -160,5 +158,3 @@ class DecodeAttention(CachedAttentionParams):
             mask = (keys <= place[:, None])[:, None, None]
             self._tensors = (torch.arange(len(self.lengths), device=device), place, mask)
         return self._tensors
-
-    _tensors: tuple[Tensor, Tensor, Tensor] | None = field(init=False, default=None)

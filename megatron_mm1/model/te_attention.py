@@ -1,53 +1,20 @@
-"""Transformer Engine's packed attention, beside cached sequences and under context parallelism.
+"""Transformer Engine's packed attention under context parallelism.
 
 Transformer Engine can split packed sequences over ranks itself, but only where the length of every example is a
 multiple of 2 C, which would change what is packed with the layout. Instead each rank gathers keys and values and runs
-the packed kernel on each of its two chunks of queries; a segment that began before the chunk has more keys than
-queries, and the causal mask is aligned at its end. Imported only where Transformer Engine is.
+the packed kernel on each of its two chunks of queries. Imported only where Transformer Engine is.
 """
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.extensions import transformer_engine as te
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_mm1.model.cached_attention import CachedAttentionParams
-from megatron_mm1.parallel.context import ChunkBoundaries, gather_positions
-
-
-@dataclass
-class ContextParallelParams(PackedSeqParams):
-    """The boundaries of this rank's two chunks, in the argument that megatron-core hands down to attention.
-
-    Rotary positions run on over the flattened microbatch: qkv_format is not "thd", and max_seqlen_q is T, so that
-    megatron-core slices its rotary embedding by context-parallel rank.
-    """
-
-    chunks: tuple[ChunkBoundaries, ...] = ()
-
-
-class PackedAttention(te.TEDotProductAttention):
-    """TEDotProductAttention, or attention to cached positions; arguments as there."""
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *args: Any,
-        packed_seq_params: PackedSeqParams,
-        **kwargs: Any,
-    ) -> Tensor:
-        """As TEDotProductAttention, where `packed_seq_params` does not say otherwise."""
-        if isinstance(packed_seq_params, CachedAttentionParams):
-            return packed_seq_params.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
-        return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
+from megatron_mm1.model.packed_attention import ContextParallelParams, attend_from_chunks
+from megatron_mm1.parallel.context import ChunkBoundaries
 
 
 class ContextParallelAttention(te.TEDotProductAttention):
@@ -68,38 +35,26 @@ class ContextParallelAttention(te.TEDotProductAttention):
         value: Tensor,
         attention_mask: Tensor | None,
         *args: Any,
-        packed_seq_params: ContextParallelParams | CachedAttentionParams,
+        packed_seq_params: ContextParallelParams,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend.
-
-        Args:
-            query: [T / C, 1, heads, head_dim].
-            key, value: [T / C, 1, groups, head_dim].
-            attention_mask: unused; `packed_seq_params` says it all.
-
-        Returns:
-            [T / C, 1, heads * head_dim].
-        """
-        if isinstance(packed_seq_params, CachedAttentionParams):  # each rank has all positions of a pass
-            return packed_seq_params.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
-        queries = query.squeeze(1).chunk(2)
-        keys, values = gather_positions(torch.stack((key.squeeze(1), value.squeeze(1)), 1), self.context_group).unbind(
-            1
+        """Shapes as `attend_from_chunks`; `attention_mask` is unused: `packed_seq_params` says it all."""
+        return attend_from_chunks(
+            self._attend, query, key, value, chunks=packed_seq_params.chunks, group=self.context_group
         )
-        context = [
-            super(te.TEDotProductAttention, self).forward(
-                chunk_queries.contiguous(),
-                keys[chunk.key_start : chunk.key_stop].contiguous(),
-                values[chunk.key_start : chunk.key_stop].contiguous(),
-                None,
-                qkv_format="thd",
-                attn_mask_type="padding_causal_bottom_right",
-                cu_seqlens_q=chunk.cu_seqlens_q,
-                cu_seqlens_kv=chunk.cu_seqlens_kv,
-                max_seqlen_q=chunk.max_seqlen_q,
-                max_seqlen_kv=chunk.max_seqlen_kv,
-            )
-            for chunk_queries, chunk in zip(queries, packed_seq_params.chunks, strict=True)
-        ]
-        return torch.cat(context).flatten(1).unsqueeze(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: ChunkBoundaries) -> Tensor:
+        # megatron-core's forward would take the boundaries from a PackedSeqParams, and the mask from the layer.
+        context: Tensor = super(te.TEDotProductAttention, self).forward(
+            query.contiguous(),
+            key.contiguous(),
+            value.contiguous(),
+            None,
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right",
+            cu_seqlens_q=chunk.cu_seqlens_q,
+            cu_seqlens_kv=chunk.cu_seqlens_kv,
+            max_seqlen_q=chunk.max_seqlen_q,
+            max_seqlen_kv=chunk.max_seqlen_kv,
+        )
+        return context

@@ -11,6 +11,7 @@ import torch
 
 from megatron_mm1.checkpoint.format import checkpoint_before
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.data.plan import TrainingData
 from megatron_mm1.faults.anomalies import Action, Anomaly, AnomalyDetector
 from megatron_mm1.faults.journal import Journal
@@ -129,8 +130,8 @@ class Guard:
     def _record(
         self, anomaly: Anomaly, response: Response, losses: LossStatistics, *, iteration: int, global_batch: int
     ) -> None:
-        size = self.config.training.global_batch_size
-        samples = self.data.keys(range(global_batch * size, (global_batch + 1) * size))
+        before = BatchSizes.of(self.config.training).sequences_before
+        samples = self.data.keys(range(before(global_batch), before(global_batch + 1)))
         totals = zip(self.data.sources.names, losses.loss_sums, strict=False)
         suspects = [name for name, total in totals if not math.isfinite(total)]
         event: dict[str, Any] = {

@@ -7,6 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.checkpoint.format import CheckpointMetadata
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.data.plan import TrainingData
 from megatron_mm1.errors import UserError
@@ -24,6 +25,7 @@ class Progress:
 
     Attributes:
         iteration: optimizer steps taken.
+        batch_sizes: sequences of each step.
         consumed: sequences of the training plan used, on all ranks together.
         missing: components that what was loaded has not, and so were drawn anew.
         has_other_data: what was loaded was trained on another plan.
@@ -35,6 +37,7 @@ class Progress:
         self.config, self.data, self.groups = config, data, pg_collection
         self.model = build_model(config, backend=backend, pg_collection=pg_collection)
         self.optimizer, self.scheduler = build_optimizer(config, self.model, pg_collection=pg_collection)
+        self.batch_sizes = BatchSizes.of(config.training)
         self.iteration = self.consumed = 0
         self.missing: tuple[str, ...] = ()
         self.has_other_data = False
@@ -42,12 +45,12 @@ class Progress:
     @property
     def global_batch(self) -> int:
         """The number of the coming global batch in the plan."""
-        return self.consumed // self.config.training.global_batch_size
+        return self.batch_sizes.step_of(self.consumed)
 
     def advance(self) -> None:
         """The coming global batch is over."""
+        self.consumed += self.batch_sizes.at(self.global_batch)
         self.iteration += 1
-        self.consumed += self.config.training.global_batch_size
 
     def load(self, start: Start) -> None:
         """Go on from a checkpoint, or begin with its weights.

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.derived import uses_fp8
 from megatron_mm1.data.batch import IGNORE, PackedBatch
 from megatron_mm1.parallel.context import local_positions
 from megatron_mm1.parallel.device import device
 from megatron_mm1.training.build import Model, unwrap
+from megatron_mm1.training.freezing import frozen_components, hold_weights, without_gradients
 from megatron_mm1.training.gradients import component_gradient_norms
 from megatron_mm1.training.routing import expert_biases
 
@@ -96,22 +98,31 @@ def train_step(
         accept: must not accept what is not finite.
     """
     optimizer.zero_grad()
+    frozen = frozen_components(config.training, consumed_sequences=int(scheduler.num_steps))
     biases = [(bias, bias.clone()) for bias in expert_biases(model)]
-    losses = forward_backward(config, model, batches, pg_collection=pg_collection)
+    with without_gradients(model, frozen):
+        losses = forward_backward(config, model, batches, pg_collection=pg_collection)
+    hold_weights(optimizer, frozen)
     norms = component_gradient_norms(model, optimizer, pg_collection=pg_collection) if with_component_norms else None
     grad_norm, updated = update_weights(config, optimizer, accept=partial(accept, losses.loss))
     if not updated:
         for bias, before in biases:  # moved at the end of the backward pass
             bias.copy_(before)
-    scheduler.step(increment=config.training.global_batch_size)
+    _advance(config, scheduler)
     return StepStatistics(losses=losses, grad_norm=grad_norm, component_grad_norms=norms, skipped=not updated)
 
 
 def pass_over(config: MM1Config, scheduler: OptimizerParamScheduler) -> StepStatistics:
     """What `train_step` leaves of a step that is not accepted, without the step."""
-    scheduler.step(increment=config.training.global_batch_size)
+    _advance(config, scheduler)
     nothing = LossStatistics(loss_sums=(math.nan,), token_counts=(0.0,))
     return StepStatistics(losses=nothing, grad_norm=math.nan, component_grad_norms=None, skipped=True)
+
+
+def _advance(config: MM1Config, scheduler: OptimizerParamScheduler) -> None:
+    """Move the schedule over the coming global batch."""
+    batch_sizes = BatchSizes.of(config.training)
+    scheduler.step(increment=batch_sizes.at(batch_sizes.step_of(int(scheduler.num_steps))))
 
 
 def update_weights(

@@ -1,12 +1,11 @@
 """The trainer: everything a run does, from top to bottom."""
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,11 +30,13 @@ from megatron_mm1.parallel.groups import (
     launcher_ranks,
 )
 from megatron_mm1.planning.fp8 import check_fp8_shapes
-from megatron_mm1.training.build import Model, component_learning_rates
+from megatron_mm1.training.build import component_learning_rates
 from megatron_mm1.training.figures import Window, introduction
+from megatron_mm1.training.freezing import frozen_components
 from megatron_mm1.training.guard import Guard
 from megatron_mm1.training.interruption import Interruption, interruptible
 from megatron_mm1.training.lag import LagMeter
+from megatron_mm1.training.live import LiveEvaluation
 from megatron_mm1.training.logging import RunLogger, console_line
 from megatron_mm1.training.progress import Progress
 from megatron_mm1.training.recovery import end_run, roll_back
@@ -44,20 +45,6 @@ from megatron_mm1.training.routing import routing_figures
 from megatron_mm1.training.saving import CheckpointSaver
 from megatron_mm1.training.step import StepStatistics, pass_over, train_step
 from megatron_mm1.training.validation import validate_model
-
-
-class LiveEvaluation(Protocol):
-    """Evaluates a model between two steps; the weights, and whatever else training depends on, stay as they are."""
-
-    def __call__(
-        self, model: Model, *, pg_collection: ProcessGroupCollection, moves: Callable[[], None]
-    ) -> Mapping[str, float]:
-        """Figures by name, on every rank; every rank calls it.
-
-        Args:
-            moves: is called from time to time, so that nobody takes the job for stuck.
-        """
-        ...
 
 
 def train(config: MM1Config, *, evaluation: LiveEvaluation | None = None) -> bool:
@@ -144,9 +131,6 @@ class Run:
         if start is not None:
             self.progress.load(start)
 
-        self.num_microbatches = config.training.global_batch_size // (
-            config.training.micro_batch_size * groups.dp.size()
-        )
         self._open_batches = partial(train_batches, config, tokenizer=tokenizer, data=self.data, **place)
         self.batches: Generator[PackedBatch] = self._open_batches(consumed_sequences=self.progress.consumed)
         self.dealer = Dealer.of(config, self.data.plan, dp_size=groups.dp.size())
@@ -155,10 +139,14 @@ class Run:
         self.logger = RunLogger(config, iteration=self.iteration, enabled=is_logger, wandb_run_id=wandb_run_id)
         for line in introduction(config, self.progress.model, backend=backend, groups=groups):
             self.logger.say(line)
+        for sentence in self.data.long_documents():
+            self.logger.say(f" {sentence}")
         if start is not None:
             self.logger.say(f" starting from {start.checkpoint}")
             if self.progress.missing:
                 self.logger.say(f" not in it, and so drawn anew: {', '.join(self.progress.missing)}")
+            for change in start.changes:
+                self.logger.say(f" {change} from step {self.iteration + 1:,} on")
             if self.progress.has_other_data:
                 consumed = self.progress.consumed
                 self.logger.say(f" on another data plan than it was trained on, from sequence {consumed:,}")
@@ -185,8 +173,9 @@ class Run:
         return self.progress.iteration
 
     def train(self, evaluation: LiveEvaluation | None = None) -> None:
-        """Step until `train_iters` or an interruption, with validation, evaluation, logs and checkpoints at their
-        intervals."""
+        """Step until `train_iters` or an interruption, with validation, `evaluation`, logs and checkpoints at their
+        intervals.
+        """
         training, last = self.config.training, self.config.training.train_iters
         window = Window(self.config)
         if training.eval_interval and self.iteration < last:
@@ -196,8 +185,7 @@ class Run:
         ends = self.iteration >= last
         while not ends:
             self.interruption.begin()
-            # Of this step; the scheduler then moves on.
-            rates = component_learning_rates(self.config, self.progress.optimizer)
+            rates = self.learning_rates()  # of this step; the scheduler then moves on
             is_logged = self._is_due(self.config.logging.log_interval)
             statistics = self.step(window, is_logged=is_logged)
             is_interrupted = self.interruption.agreed()
@@ -211,9 +199,9 @@ class Run:
                 self._log(window, statistics, rates)
                 window = Window(self.config, skipped=window.skipped, nan=window.nan)
             ends = is_interrupted or self.iteration == last
-            if self._has_come(training.eval_interval, ends=ends):
+            if self._is_looked_at(training.eval_interval, ends=ends):
                 self.validate()
-            if evaluation is not None and self._has_come(self.config.evaluation.interval, ends=ends):
+            if evaluation is not None and self._is_looked_at(self.config.evaluation.interval, ends=ends):
                 self.evaluate(evaluation)
             if ends:
                 self.saver.max_failures = 0  # nothing comes after it
@@ -225,6 +213,11 @@ class Run:
             self.logger.say(f" interrupted by a signal: ending after iteration {self.iteration}, which is saved")
         self.logger.close()
 
+    def learning_rates(self) -> dict[str, float]:
+        """Of the coming step, by component; 0 for those that do not train yet."""
+        frozen = frozen_components(self.config.training, consumed_sequences=self.progress.consumed)
+        return component_learning_rates(self.config, self.progress.optimizer) | dict.fromkeys(frozen, 0.0)
+
     def _is_due(self, interval: int) -> bool:
         """Whether something done every `interval` steps and after the last is due after the coming step."""
         coming = self.iteration + 1
@@ -233,9 +226,8 @@ class Run:
     def _is_multiple(self, interval: int) -> bool:
         return bool(interval) and self.iteration % interval == 0
 
-    def _has_come(self, interval: int, *, ends: bool) -> bool:
-        """Whether a look at the model is due after this step: at the interval and at the last step, not where the run
-        was interrupted."""
+    def _is_looked_at(self, interval: int, *, ends: bool) -> bool:
+        """Whether the model is to be judged now: every `interval` steps, but not before ending for a signal."""
         is_last = self.iteration == self.config.training.train_iters
         return bool(interval) and (is_last or (not ends and self._is_multiple(interval)))
 
@@ -256,13 +248,15 @@ class Run:
         global_batch = self.progress.global_batch
         self.pulse.enter("data", step=self.iteration + 1)
         started = time.perf_counter()
+        sequences = self.progress.batch_sizes.at(global_batch)
         with self.lag.measuring(is_logged and self.pulse.status.settled):  # not while kernels compile
-            microbatches = list(islice(self.batches, self.num_microbatches))
+            microbatches = list(islice(self.batches, self._num_microbatches(sequences)))
             waited = time.perf_counter() - started
             self.pulse.enter("step", step=self.iteration + 1)
             statistics = self._update(microbatches, is_logged=is_logged)
         seconds = time.perf_counter() - started
-        window.add(statistics, self.dealer.images_per_rank(global_batch), seconds=seconds, waited=waited)
+        images_per_rank = self.dealer.images_per_rank(global_batch)
+        window.add(statistics, images_per_rank, sequences=sequences, seconds=seconds, waited=waited)
         self.progress.advance()
         return statistics
 
@@ -302,6 +296,10 @@ class Run:
         self.batches = self._open_batches(consumed_sequences=self.progress.consumed)
         self.logger.go_back(self.iteration)
         return True
+
+    def _num_microbatches(self, sequences: int) -> int:
+        """Of this rank in a global batch of so many sequences."""
+        return sequences // (self.config.training.micro_batch_size * self.groups.dp.size())
 
     def validate(self) -> None:
         self.pulse.enter("validation", step=self.iteration)

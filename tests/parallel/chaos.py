@@ -6,6 +6,7 @@ step each rank is in and whether it is saving; to kill one it stops the rank whe
 
 import argparse
 import dataclasses
+import importlib
 import json
 import mmap
 import os
@@ -26,11 +27,12 @@ import torch
 
 from megatron_mm1.checkpoint.format import find_checkpoint
 from megatron_mm1.config import MM1Config
-from megatron_mm1.config.presets import preset
+from megatron_mm1.data.plan import training_data
+from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.parallel.groups import initialize_process_group
 from megatron_mm1.training import saving, trainer
 from tests.parallel import saving_jobs
-from tests.parallel.jobs import with_parallel
+from tests.parallel.tiny import tiny_config
 
 RANKS = 2
 SAVE_INTERVAL = 7
@@ -43,23 +45,17 @@ LONGEST_SECONDS = 100.0
 
 
 def chaos_config(run_dir: Path, *, steps: int) -> MM1Config:
-    """mm1-tiny with a narrow decoder on the demo corpus, optimizer state sharded over two ranks."""
-    config = with_parallel(preset("mm1-tiny"), use_distributed_optimizer=True, heartbeat_timeout_seconds=30)
-    decoder = dataclasses.replace(config.model.decoder, num_layers=2, hidden_size=32, ffn_hidden_size=48)
-    vision = dataclasses.replace(config.model.vision, num_layers=1, hidden_size=32, ffn_hidden_size=64)
-    connector = dataclasses.replace(config.model.connector, hidden_size=16)
+    """A tiny run with optimizer state sharded over two ranks."""
+    config = tiny_config(run_dir, steps=steps, use_distributed_optimizer=True, heartbeat_timeout_seconds=30)
     return dataclasses.replace(
-        config,
-        run_dir=str(run_dir),
-        model=dataclasses.replace(config.model, decoder=decoder, vision=vision, connector=connector),
-        training=dataclasses.replace(
-            config.training, train_iters=steps, eval_interval=0, micro_batch_size=1, global_batch_size=2
-        ),
-        optimizer=dataclasses.replace(config.optimizer, lr_warmup_iters=5, lr_decay_iters=1000),
-        data=dataclasses.replace(config.data, validation=(), seq_length=64, max_images_per_sequence=8),
-        checkpoint=dataclasses.replace(config.checkpoint, save_interval=SAVE_INTERVAL, keep_last=3),
-        logging=dataclasses.replace(config.logging, log_interval=1, tensorboard=False),
+        config, checkpoint=dataclasses.replace(config.checkpoint, save_interval=SAVE_INTERVAL, keep_last=3)
     )
+
+
+def warm_up(config: MM1Config) -> None:
+    """In the parent: load and compile what each child would have to by itself, four times as long as a start takes."""
+    importlib.import_module("nvidia.dali.experimental.dynamic")
+    training_data(config, tokenizer=open_tokenizer(config.data.tokenizer))
 
 
 class Whereabouts:
@@ -250,6 +246,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     calm, disturbed = args.folder / "undisturbed", args.folder / "disturbed"
+    warm_up(chaos_config(calm, steps=args.steps))
     died = disturbed_run(
         chaos_config(disturbed, steps=args.steps), args.folder / "disturbed.txt", kills=args.kills, seed=args.seed
     )

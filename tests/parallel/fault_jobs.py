@@ -1,5 +1,6 @@
 """What the workers of test_anomalies run: the trainer, with steps that go wrong on purpose."""
 
+import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -105,6 +106,23 @@ def slow_images(run: FaultyRun) -> Iterator[None]:
 
 
 @contextmanager
+def slow_data(run: FaultyRun) -> Iterator[None]:
+    """On rank 0."""
+    batches = run.batches
+
+    def pause() -> Iterator[Any]:
+        time.sleep(0.5)
+        yield from ()
+
+    if torch.distributed.get_rank() == 0:
+        run.batches = itertools.chain(pause(), batches)
+    try:
+        yield
+    finally:
+        run.batches = batches
+
+
+@contextmanager
 def dead_workers(run: FaultyRun) -> Iterator[None]:
     """Every loader process of this rank is killed."""
     workers = [process for process in multiprocessing.active_children() if process.name == "data-worker"]
@@ -117,7 +135,8 @@ def dead_workers(run: FaultyRun) -> Iterator[None]:
 FAULTS: Mapping[str, Callable[[FaultyRun], Any]] = {
     "images": broken_images,
     "gradient": lambda run: changed_gradients(run, lambda gradient: gradient.view(-1)[:1].fill_(torch.nan)),
-    "slow": slow_images,
+    "slow images": slow_images,
+    "slow data": slow_data,
     "dead workers": dead_workers,
     "spike": lambda run: changed_gradients(run, lambda gradient: gradient.add_(1e6)),
 }

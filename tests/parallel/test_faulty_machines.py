@@ -13,11 +13,11 @@ pytestmark = pytest.mark.demo
 
 
 def test_a_dead_loader_process_changes_nothing(pool, demo_corpus, tmp_path):
-    for name, faults in {"calm": {}, "killed": {2: "dead workers"}}.items():
+    for name, workers, faults in (("calm", 0, {}), ("killed", 1, {2: "dead workers"})):
         config = config_of(tmp_path / name)
-        data = dataclasses.replace(config.data, num_workers=1)
+        data = dataclasses.replace(config.data, num_workers=workers)
         assert pool(2).run(fault_jobs.train, dataclasses.replace(config, data=data), faults) == ["", ""]
-    assert_equal(pool, tmp_path / "killed", tmp_path / "calm")
+    assert_equal(pool, tmp_path / "killed", tmp_path / "calm", bad=())
 
 
 @pytest.fixture

@@ -60,6 +60,15 @@ def test_train_hands_over_the_configuration(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls.only == ((preset("mm1-tiny"),), {"evaluation": None})
 
 
+def test_train_brings_the_evaluation_that_the_configuration_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.training.trainer", "train")
+    building = stand_in(monkeypatch, "megatron_mm1.evaluation.in_training", "live_evaluation")
+    building.result = "evaluation"
+    assert main(["train", "--preset", "mm1-tiny", "--evaluation.interval", "5", "--evaluation.tasks", "[a]"]) == 0
+    assert calls.only[1] == {"evaluation": "evaluation"}
+    assert building.only[0] == calls.only[0]
+
+
 def test_data_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stand_in(monkeypatch, "megatron_mm1.data.demo", "build_demo_corpus")
     documents = {"train": {"documents": 3000}, "validation": {"documents": 7}}
@@ -123,7 +132,18 @@ def test_data_prepare_takes_counts(capsys: pytest.CaptureFixture[str], option: s
 def test_eval(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
     calls = stand_in(monkeypatch, "megatron_mm1.evaluation.runner", "evaluate_main")
     options = ["--checkpoint", "c", "--task", "a", "--task", "own.Task", "--output", "o", "--limit", "9"]
-    presented = ["--shots", "0", "8", "--high-resolution-shots", "3", "--chain_of_thought", "--data", "a=d"]
+    presented = [
+        "--shots",
+        "0",
+        "8",
+        "--high-resolution",
+        "672",
+        "--high-resolution-shots",
+        "3",
+        "--chain_of_thought",
+        "--data",
+        "a=d",
+    ]
     assert main(["eval", *options, *presented, option, "2"]) == 0
     assert calls.namespace == {
         "checkpoint": Path("c"),
@@ -134,6 +154,7 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
         "shots": [0, 8],
         "seed": 0,
         "control": False,
+        "high_resolution": 672,
         "high_resolution_shots": 3,
         "chain_of_thought": True,
         **NO_SIZES,

@@ -99,7 +99,7 @@ def test_draws_stay_the_same_over_versions():
 
 @given(POOLS.filter(len), ITEMS, st.integers(0, 4), st.none() | st.integers(0, 4))
 def test_a_prompt_is_its_parts(pool, item, shots, high):
-    task, settings = OneTemplate(pool), FewShot(shots=shots, high_resolution_shots=high)
+    task, settings = OneTemplate(pool), FewShot(shots=shots, high_resolution=96, high_resolution_shots=high)
     try:
         shown = draw(item, pool, shots=shots)
     except UserError:
@@ -192,7 +192,12 @@ def test_no_shots_need_no_training_split():
 @pytest.mark.parametrize("field", ["shots", "high_resolution_shots"])
 def test_negative_numbers(field):
     with pytest.raises(UserError, match="give 0 or more"):
-        FewShot(**{field: -1})
+        FewShot(high_resolution=96, **{field: -1})
+
+
+def test_high_resolution_needs_a_size():
+    with pytest.raises(UserError, match="no high resolution: say how many px"):
+        FewShot(shots=4, high_resolution_shots=3)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from megatron_mm1.data.records import Image, Text
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation import asking
 from megatron_mm1.evaluation.asking import Copies
+from megatron_mm1.evaluation.fewshot import FewShot
 from megatron_mm1.evaluation.items import Candidate, ImageFile
 from megatron_mm1.evaluation.journal import Journal
 from megatron_mm1.evaluation.metrics.strings import exact_match
@@ -139,12 +140,29 @@ def test_a_line_cut_short_is_asked_again(task, tmp_path):
     assert not silent.asked
 
 
-@pytest.mark.parametrize("change", ["model", "limit", "seed", "stopping"])
+def test_only_the_last_demonstrations_are_shown_large(task):
+    sizes = Counter()
+
+    class Looker(Copycat):
+        def generate(self, requests):
+            for one in requests:
+                images = [part for part in one.prompt if isinstance(part, Image)]
+                sizes.update([tuple(getattr(image, "image_size", None) for image in images)])
+            return super().generate(requests)
+
+    settings = FewShot(high_resolution=96, high_resolution_shots=1)
+    results_of(task, series=Series((0, 3), settings=settings), responder=Looker(), limit=5)
+    assert sizes == {(96,): 5, (None, None, 96, 96): 5}
+
+
+@pytest.mark.parametrize("change", ["model", "limit", "seed", "resolution", "stopping"])
 def test_what_was_asked_otherwise_is_asked_anew(task, tmp_path, change):
     series = Series((2,))
     results_of(task, series=series, journal=Journal(tmp_path / "finished", model="m"), limit=20)
     if change == "seed":
         series = replace(series, settings=replace(series.settings, seed=1))
+    if change == "resolution":
+        series = replace(series, settings=replace(series.settings, high_resolution=96))
     if change == "stopping":
         task.stopping = replace(task.stopping, max_new_tokens=5)
     responder = Copycat()
