@@ -287,7 +287,6 @@ BROKEN = [
     ("mm1-tiny", 2, "--evaluation.tasks [coco]", "evaluation.tasks coco without evaluation.interval: say how often"),
     ("mm1-tiny", 2, "--evaluation.shots [0,-4]", "evaluation.shots [0, -4]: give numbers of demonstrations"),
     ("mm1-tiny", 2, '--evaluation.data {"coco":"x"}', "evaluation.data names coco, which is not among"),
-    ("mm1-tiny", 2, '--evaluation.data {"coco":"x"}', "evaluation.data names coco, which is not among"),
     ("mm1-tiny", 2, "--finetune", "checkpoint.finetune takes the weights of checkpoint.load, which is null"),
     (
         "mm1-tiny",
