@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import megatron_mm1
-from megatron_mm1.arguments import FAILED, add_command, add_parallel_sizes, positive_int
+from megatron_mm1.arguments import FAILED, add_command, add_parallel_sizes, both_spellings, count, positive_int, share
 from megatron_mm1.checkpoint.commands import convert
 from megatron_mm1.data.commands import add_data_commands, data_inspect
 from megatron_mm1.errors import ConfigError, UserError
@@ -18,6 +19,8 @@ from megatron_mm1.planning.commands import add_plan_commands, plan_fp8
 
 USER_ERROR = 2
 INTERRUPTED = 130
+ENDED_BY_SIGNAL = 75
+"""Exit code of a training that a signal ended early, with a checkpoint: start it again (sysexits' EX_TEMPFAIL)."""
 GRACE_SECONDS = 10
 """How long the other ranks leave the report of an error to rank 0."""
 
@@ -39,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     # The configuration owns the options of `train`, which argparse's subcommands could not pass on as they are.
     if argv[:1] == ["train"]:
-        train(argv[1:])
-        return 0
+        return train(argv[1:])
     if argv[:1] == ["parity"]:
         return parity(argv[1:])
     if argv[:2] == ["bench", "step"]:
@@ -57,13 +59,24 @@ def _run(argv: list[str]) -> int:
     return args.command(args) or 0
 
 
-def train(argv: Sequence[str]) -> None:
+def train(argv: Sequence[str]) -> int:
     from megatron_mm1.config.loading import load_config
 
     config = load_config(argv)
+    evaluation = None
+    if config.evaluation.interval:
+        from megatron_mm1.evaluation.in_training import live_evaluation
+
+        evaluation = live_evaluation(config)
+    from megatron_mm1.training.interruption import SIGNALS
     from megatron_mm1.training.trainer import train
 
-    train(config)
+    if train(config, evaluation=evaluation):
+        return 0
+    # The launcher that ends this rank because another one has ended shall see the code, not its own signal.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    return ENDED_BY_SIGNAL
 
 
 def parity(argv: Sequence[str]) -> int:
@@ -80,6 +93,12 @@ def bench_step(argv: Sequence[str]) -> None:
     bench_step_main(args, config_arguments)
 
 
+def health(args: argparse.Namespace) -> int:
+    from megatron_mm1.parallel.health import health_main
+
+    return 0 if health_main(least_share=args.least_share) else FAILED
+
+
 def evaluate(args: argparse.Namespace) -> None:
     from megatron_mm1.evaluation.runner import evaluate_main
 
@@ -90,6 +109,12 @@ def config_presets(args: argparse.Namespace) -> None:
     from megatron_mm1.planning.report import presets_table
 
     print(presets_table())
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from megatron_mm1.doctor.report import doctor_main
+
+    return doctor_main(args)
 
 
 def print_version(args: argparse.Namespace) -> None:
@@ -114,6 +139,16 @@ def build_parser() -> argparse.ArgumentParser:
     add_inference_commands(commands)
     commands.add_parser("convert", help="import, export and change checkpoints (mm1 convert --help)")
 
+    checkup = add_command(commands, "health", health, "measure every node of a job, and name those that are unfit")
+    checkup.add_argument(
+        "--least-share",
+        "--least_share",
+        type=share,
+        default=0.75,
+        metavar="X",
+        help="a node with less than this share of the median of a rate is unfit (%(default)s)",
+    )
+
     plan = commands.add_parser("plan", help="see ahead what a run would do").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -123,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True, metavar="COMMAND"
     )
     add_command(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
+    _add_doctor(commands)
     add_command(commands, "version", print_version, "print the versions that matter")
     return parser
 
@@ -196,9 +232,54 @@ def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="NAME",
         help="built-in name or package.module.Class; repeatable",
     )
+    evaluation.add_argument("--data", action="append", default=[], metavar="TASK=DIR", help="a task's data; repeatable")
     evaluation.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
-    evaluation.add_argument("--limit", type=positive_int, metavar="N", help="examples per task at most")
+    evaluation.add_argument("--limit", type=positive_int, metavar="N", help="items per task at most")
+    evaluation.add_argument(
+        "--shots",
+        type=count,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="demonstrations in front of each item; several numbers are set side by side (0)",
+    )
+    evaluation.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of demonstrations (0)")
+    evaluation.add_argument(
+        "--control", action="store_true", help="evaluate again with the images of the demonstrations exchanged"
+    )
+    evaluation.add_argument(
+        *both_spellings("high-resolution-shots"),
+        type=count,
+        metavar="N",
+        help="only the last N demonstrations are shown in high resolution (all)",
+    )
+    evaluation.add_argument(
+        *both_spellings("chain-of-thought"),
+        action="store_true",
+        help="demonstrations with their reasoning; the answer is taken out of the model's",
+    )
     add_parallel_sizes(evaluation)
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctoring = add_command(commands, "doctor", doctor, "print what this machine can run, and what it lacks")
+    doctoring.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("quickstart", "train", "gpu"),
+        default="quickstart",
+        help="what decides over the exit code: the quickstart, training on other data, or on GPUs (%(default)s)",
+    )
+    doctoring.add_argument("--json", action="store_true", help="the same for programs")
+    doctoring.add_argument(
+        "--run-dir", "--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="disk to look at (%(default)s)"
+    )
+    doctoring.add_argument(
+        "--corpus", type=Path, default=Path(".cache/demo-corpus"), metavar="DIR", help="demo corpus (%(default)s)"
+    )
+    doctoring.add_argument(
+        "--timeout", type=positive_int, default=60, metavar="SECONDS", help="limit of each look (%(default)s)"
+    )
 
 
 def _report(error: UserError, *, rank: int) -> None:
@@ -211,6 +292,8 @@ def _report(error: UserError, *, rank: int) -> None:
     if rank == 0:
         print(f"mm1: error: {_describe(error)}", file=sys.stderr, flush=True)
         return
+    # The launcher that ends this rank meanwhile shall see what ended it, not the launcher's own signal.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(USER_ERROR))
     time.sleep(GRACE_SECONDS)
     if not isinstance(error, ConfigError):
         print(f"mm1: error on rank {rank}: {_describe(error)}", file=sys.stderr, flush=True)

@@ -32,6 +32,7 @@ class Engine:
         batch_size: continuations that are generated together.
         max_positions: of prompts that go through the model in one pass.
         image_cache_bytes: of host memory for image tokens, from which the image used longest ago goes first.
+        images_together: see `ImageFeatures`; for answers that are the same to the last digit whatever was asked before.
 
     Raises:
         UserError: the model cannot be run on prompts.
@@ -47,11 +48,12 @@ class Engine:
         batch_size: int = 64,
         max_positions: int = 8192,
         image_cache_bytes: int = 4 * 2**30,
+        images_together: int | None = None,
     ) -> None:
         _check(config)
         self.config, self.tokenizer, self.pg_collection = config, tokenizer, pg_collection
         self.replica = Replica([model] if isinstance(model, torch.nn.Module) else model, pg_collection)
-        self.features = ImageFeatures(config, self.replica, capacity_bytes=image_cache_bytes)
+        self.features = ImageFeatures(config, self.replica, capacity_bytes=image_cache_bytes, together=images_together)
         self._encode = PromptEncoder.of(config, tokenizer)
         part = _vocabulary_part(config, tokenizer, pg_collection)
         self._generator = Generator(

@@ -22,13 +22,17 @@ class ImageFeatures:
 
     Args:
         capacity_bytes: of features kept; the image whose use is longest ago goes first.
+        together: images always encoded at a time, blank ones included, so that what an image becomes does not depend,
+            to the last digit, on how many were new with it; None: as many as are new, up to 32.
 
     Attributes:
         num_encoded: images encoded so far.
     """
 
-    def __init__(self, config: MM1Config, replica: Replica, *, capacity_bytes: int) -> None:
-        self._config, self._replica = config, replica
+    def __init__(
+        self, config: MM1Config, replica: Replica, *, capacity_bytes: int, together: int | None = None
+    ) -> None:
+        self._config, self._replica, self._together = config, replica, together
         self._processors: dict[int, ImageProcessor] = {}
         # Other stages keep None for an image: every stage must take and forget the same ones.
         self._kept: OrderedDict[ImageKey, Tensor | None] = OrderedDict()
@@ -47,8 +51,9 @@ class ImageFeatures:
             if key not in self._kept and key not in self._unusable:
                 new.setdefault(key.image_size, []).append(key)
         for image_size, keys in new.items():
-            for start in range(0, len(keys), _TOGETHER):
-                together = keys[start : start + _TOGETHER]
+            step = self._together or _TOGETHER
+            for start in range(0, len(keys), step):
+                together = keys[start : start + step]
                 self._encode(image_size, {key: wanted[key] for key in together})
         found = {}
         for key in wanted:
@@ -74,8 +79,9 @@ class ImageFeatures:
         keys = [key for key, is_good in zip(images, good.tolist(), strict=True) if is_good]
         tokens: Sequence[Tensor | None] = [None] * len(keys)
         if self._replica.is_first_stage and keys:
-            encoded = self._replica.first.encode(pixels[good].to(device()))
-            tokens = [one.clone() for one in encoded.cpu()]  # each by itself, so that each can be forgotten
+            blank = pixels.new_zeros((max(0, (self._together or 0) - len(keys)), *pixels.shape[1:]))
+            encoded = self._replica.first.encode(torch.cat([pixels[good], blank]).to(device()))
+            tokens = [one.clone() for one in encoded[: len(keys)].cpu()]  # by itself, so that each can be forgotten
         self._kept.update(zip(keys, tokens, strict=True))
         self.num_encoded += len(keys)
 

@@ -11,8 +11,6 @@ from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_mm1.evaluation.runner import run_items
-from megatron_mm1.evaluation.task import Item, Measure, Outcome
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.requests import Failure, Generation, GenerationRequest, Prompt, Score, ScoringRequest
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
@@ -44,37 +42,6 @@ def run_engine(
         pairs = zip(prompts, continuations, strict=True)
         scores = engine.score([ScoringRequest(prompt=prompt, continuation=text) for prompt, text in pairs])
         return [list(one.token_ids) if isinstance(one, Generation) else one for one in answers], scores
-    finally:
-        destroy_process_groups()
-
-
-class Continue:
-    """A task: continue each prompt, and score its reference and another."""
-
-    max_new_tokens = 4
-
-    def __init__(self, prompts: list[Prompt], continuations: list[str]) -> None:
-        self.prompts, self.continuations = prompts, continuations
-
-    def items(self) -> list[Item]:
-        pairs = enumerate(zip(self.prompts, self.continuations, strict=True))
-        return [
-            Item(key=str(number), prompt=tuple(prompt), reference=text, scored=((tuple(prompt), text),) * (number % 3))
-            for number, (prompt, text) in pairs
-        ]
-
-    def measure(self, item: Item, outcome: Outcome) -> dict[str, Measure]:
-        return {}
-
-
-def run_task(config: MM1Config, checkpoint: Path, task: Continue) -> list[Outcome]:
-    """Outcomes of the task's items, dealt over the copies of the model."""
-    groups = build_process_groups(config.parallel, seed=1)
-    try:
-        model = build_module(config, backend="local", pg_collection=groups)
-        load_weights(checkpoint, [model], pg_collection=groups)
-        engine = Engine(config, model, open_tokenizer(config.data.tokenizer), pg_collection=groups)
-        return run_items(engine, task, task.items(), label="continue")
     finally:
         destroy_process_groups()
 

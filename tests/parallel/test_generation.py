@@ -202,18 +202,6 @@ def test_ranks_that_share_weights_work_on_the_same_prompts(pool, model, name, si
     assert pool(2).run(generation.replicas, config) == expected
 
 
-@pytest.mark.parametrize(("name", "sizes"), LAYOUTS.values(), ids=LAYOUTS)
-def test_a_task_has_the_same_outcomes_in_every_layout(pool, model, name, sizes):
-    config, checkpoint, _ = model(name)
-    task = generation.Continue(PROMPTS[:5], CONTINUATIONS[:5])  # an odd number of items, and 0, 1 or 2 scores of each
-    [expected] = pool(1).run(generation.run_task, config, checkpoint, task)
-    assert [len(outcome.scores) for outcome in expected] == [0, 1, 2, 0, 1]
-    for outcomes in pool(2).run(generation.run_task, jobs.with_parallel(config, **sizes), checkpoint, task):
-        assert [outcome.text for outcome in outcomes] == [outcome.text for outcome in expected]
-        for outcome, one_process in zip(outcomes, expected, strict=True):
-            assert_scores(outcome.scores, [(score.log_likelihood, score.num_tokens) for score in one_process.scores])
-
-
 def mm1_caption(checkpoint: Path, *images: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "megatron_mm1", "caption", "--checkpoint", checkpoint, "--image", *images]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
