@@ -58,7 +58,7 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         type=float,
         default=1.0,
         metavar="X",
-        help="of the likeliest tokens of this probability",
+        help="of the likeliest that have this probability",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the first line; each line has the next (%(default)s)"

@@ -16,7 +16,7 @@ import pytest
 from megatron_mm1.config.presets import preset
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import open_tokenizer, train_tokenizer
-from megatron_mm1.inference.requests import Failure
+from megatron_mm1.inference.requests import Failure, Sampling
 from tests.parallel import generation_jobs as generation
 from tests.parallel import jobs
 from tests.parallel.generation_jobs import with_data
@@ -27,12 +27,17 @@ LAYOUTS = {
     "TP2 + SP": ("mm1-tiny", dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     "PP2": ("mm1-tiny", dict(pipeline_model_parallel_size=2)),
     "DP2": ("mm1-tiny", {}),
+    "TP2 x PP2": ("mm1-tiny", dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
     "EP2": ("mm1-tiny-moe", dict(expert_model_parallel_size=2)),
     "TP2 + SP, EP2": (
         "mm1-tiny-moe",
         dict(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2),
     ),
 }
+
+
+def processes(sizes) -> int:
+    return max(2, sizes.get("tensor_model_parallel_size", 1) * sizes.get("pipeline_model_parallel_size", 1))
 
 
 def picture(seed: int) -> Image:
@@ -137,10 +142,49 @@ def test_layouts_equal_one_process(pool, model, name, sizes):
     config = jobs.with_parallel(config, **sizes)
     arguments = (config, checkpoint, PROMPTS, CONTINUATIONS)
     # Batches of 5 and 1: one row of an odd length is what sequence parallelism must pad.
-    ranks = pool(2).run(generation.run_engine, *arguments, max_new_tokens=NEW_TOKENS, batch_size=5)
-    for ids, scores in ranks:
+    workers = pool(processes(sizes))
+    for ids, scores in workers.run(generation.run_engine, *arguments, max_new_tokens=NEW_TOKENS, batch_size=5):
         assert ids == expected_ids
         assert_scores(scores, expected_scores)
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP2 x PP2", "EP2"])
+def test_the_same_seeds_give_the_same_texts_in_a_layout(pool, model, layout):
+    name, sizes = LAYOUTS[layout]
+    config, checkpoint, (greedy, _) = model(name)
+    kinds = [dict(), dict(top_k=9), dict(top_p=0.9), dict(top_k=50, top_p=0.7), dict(temperature=0.7), dict(top_p=0.99)]
+    samplings = [Sampling(**{"temperature": 1.2, "seed": n, **kind}) for n, kind in enumerate(kinds)]
+    options = dict(max_new_tokens=NEW_TOKENS, samplings=samplings)
+    arguments = (checkpoint, PROMPTS, CONTINUATIONS)
+    [(expected, _)] = pool(1).run(generation.run_engine, config, *arguments, **options, batch_size=1)
+    assert expected != greedy
+    config = jobs.with_parallel(config, **sizes)
+    for ids, _ in pool(processes(sizes)).run(generation.run_engine, config, *arguments, **options, batch_size=4):
+        assert ids == expected
+
+
+TRAINING_LAYOUTS = {
+    "TP2 + SP, images shared out": (
+        "mm1-tiny",
+        dict(tensor_model_parallel_size=2, sequence_parallel=True, vision_parallel_mode="data"),
+    ),
+    "PP2 VPP2": ("mm1-tiny", dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+    "CP2": ("mm1-tiny", dict(context_parallel_size=2)),
+    "EP2, distributed optimizer": (
+        "mm1-tiny-moe",
+        dict(expert_model_parallel_size=2, use_distributed_optimizer=True),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "sizes"), TRAINING_LAYOUTS.values(), ids=TRAINING_LAYOUTS)
+def test_a_model_in_training_answers_and_trains_on_as_if_nobody_had_asked(pool, model, name, sizes):
+    config, checkpoint, (expected_ids, _) = model(name)
+    config = jobs.with_parallel(config, **sizes)
+    ranks = pool(2).run(generation.ask_in_training, config, checkpoint, PROMPTS, max_new_tokens=NEW_TOKENS)
+    for ids, same in ranks:
+        assert ids == expected_ids
+        assert same
 
 
 def test_the_end_of_text_stops_one_prompt_and_not_the_others(run):
