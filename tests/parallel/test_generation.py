@@ -246,8 +246,8 @@ def test_ranks_that_share_weights_work_on_the_same_prompts(pool, model, name, si
     assert pool(2).run(generation.replicas, config) == expected
 
 
-def mm1_caption(checkpoint: Path, *images: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "megatron_mm1", "caption", "--checkpoint", checkpoint, "--image", *images]
+def mm1(*arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_mm1", *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
@@ -255,7 +255,7 @@ def mm1_caption(checkpoint: Path, *images: Path) -> subprocess.CompletedProcess:
 def test_caption_refuses_a_file_that_is_no_image(model, tmp_path):
     file = tmp_path / "notes.png"
     file.write_text("no image")
-    result = mm1_caption(model("mm1-tiny")[1], file)
+    result = mm1("caption", "--checkpoint", model("mm1-tiny")[1], "--image", file)
     assert (result.returncode, result.stderr.strip().splitlines()[-1]) == (
         2,
         f"mm1: error: cannot use image {file}: not an image",
@@ -268,6 +268,27 @@ def test_caption_refuses_another_tokenizer(model, tokenizer, tmp_path):
     checkpoint = shutil.copytree(model("mm1-tiny")[1], tmp_path / "checkpoint")
     fields = json.loads((checkpoint / "mm1.json").read_text())
     (checkpoint / "mm1.json").write_text(json.dumps({**fields, "tokenizer_fingerprint": "another"}))
-    result = mm1_caption(checkpoint, file)
+    result = mm1("caption", "--checkpoint", checkpoint, "--image", file)
     assert result.returncode == 2
     assert open_tokenizer(tokenizer).fingerprint[:12] in result.stderr
+
+
+def test_lines_are_answered_in_order_and_bad_ones_have_an_error(model, tmp_path):
+    (tmp_path / "a.png").write_bytes(A.data)
+    question = {"prompt": "<image>Question: what is this? Short answer:", "images": ["a.png"]}
+    lines = [
+        json.dumps(question),
+        "no JSON",
+        json.dumps({**question, "images": ["b.png"], "id": 3}),
+        json.dumps(question),
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    options = ["--max-new-tokens", str(NEW_TOKENS), "--batch-size", "1"]
+    files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
+    result = mm1("generate", "--checkpoint", model("mm1-tiny")[1], *files, *options)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "mm1: 2 of 4 lines could not be answered: see their error"
+    first, second, third, fourth = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first == fourth and first["num_tokens"] == len(model("mm1-tiny")[2][0][2])
+    assert second["line"] == 2 and second["error"].startswith("this is no JSON")
+    assert third["id"] == 3 and third["error"] == f"cannot read image {tmp_path}/b.png: No such file or directory"
