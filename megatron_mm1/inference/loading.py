@@ -51,7 +51,7 @@ def open_engine(
 
     Args:
         checkpoint: a checkpoint, or a folder of them (the newest is taken).
-        batch_size, images_together: the engine's.
+        batch_size, images_together: see `Engine`.
 
     Raises:
         UserError: the checkpoint, its tokenizer or the layout cannot be used.
