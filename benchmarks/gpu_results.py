@@ -191,12 +191,21 @@ def machine() -> dict[str, Any]:
         "device": {"name": device.name, "memory_gib": device.total_memory / GIB, **driver},
         "versions": {
             "python": sys.version.split()[0],
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": _cudnn_version(),
             **{name: _version(name) for name in ("transformer-engine", "megatron-core", "triton", "apex")},
         },
     }
+
+
+def _cudnn_version() -> int | str:
+    import torch
+
+    try:
+        return torch.backends.cudnn.version() or "none"
+    except RuntimeError as error:  # another cuDNN than the one torch was built with was found first
+        return str(error).split(". ")[0]
 
 
 def _version(distribution: str) -> str | None:

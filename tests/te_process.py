@@ -65,3 +65,7 @@ def install() -> None:
 
     device.transformer_engine_problem = lambda: None  # type: ignore[assignment]
     spec.loader.exec_module(package)
+    from megatron_mm1.model import packed_attention
+    from tests.te_standin.varlen import varlen_attn
+
+    packed_attention.varlen_attn = varlen_attn

@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_mm1.config import MM1Config
 from megatron_mm1.model.mm1 import MM1Model
+from megatron_mm1.model.packed_attention import CAUSAL, PackedAttention
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
 from tests.te_jobs import layers_of, te_class
 
@@ -40,7 +41,8 @@ def _rank_of(rank: int, world_size: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of Transformer Engine: its class, what it was constructed with, and the shapes of its weights."""
+    """A layer of Transformer Engine, or torch's attention in one's place: its class, what it was constructed with, and
+    the shapes of its weights."""
 
     kind: str
     arguments: dict[str, Any]
@@ -55,7 +57,12 @@ def layers_on(config: MM1Config, *, rank: int, world_size: int) -> dict[str, Lay
         groups = build_process_groups(config.parallel, seed=1)
         with _WithoutMemory():
             model = MM1Model(config, backend="transformer_engine", pg_collection=groups)
-        return {name: _describe(layer) for name, layer in layers_of(model).items()}
+        attention = {
+            name: Layer("PackedAttention", {"causal": module.window == CAUSAL}, 1, {}, frozenset())
+            for name, module in model.named_modules()
+            if isinstance(module, PackedAttention)
+        }
+        return attention | {name: _describe(layer) for name, layer in layers_of(model).items()}
 
 
 def _describe(layer: Any) -> Layer:

@@ -253,6 +253,9 @@ class OptimizerConfig:
     """Global gradient norm limit [M]."""
 
 
+AttentionKernel = Literal["torch", "transformer_engine"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchSizeStage:
     """A stretch of smaller (or other) batches before `training.global_batch_size` holds."""
@@ -280,6 +283,9 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     layer_backend: Literal["auto", "transformer_engine", "local"] = "auto"
     """auto: Transformer Engine where it works, else local."""
+    attention_kernel: AttentionKernel = "torch"
+    """Attention of the Transformer Engine backend: torch's flash kernels, or what Transformer Engine finds, which is
+    cuDNN's where its version will do, flash-attn's where that is installed, and else slow matrix products."""
     freeze: tuple[Literal["tower", "connector", "decoder"], ...] = ()
     """Parts that are not trained: without gradients and optimizer state."""
     frozen_steps: dict[str, int] = field(default_factory=dict)
@@ -358,6 +364,53 @@ class CheckpointConfig:
     """Checkpoints in a row that may fail to be written (a full disk); one more, or the last one, ends the run."""
 
 
+FaultPolicy = Literal["skip", "rollback", "stop"]
+"""What to do about a step that went wrong: leave its update out and go on with the next batch; go back to an earlier
+checkpoint, replay the batches since and pass this one over; or end the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """Steps that go wrong, and ranks that stand still or lag behind (docs/faults.md) [C]."""
+
+    nonfinite_policy: FaultPolicy = "skip"
+    """Where the loss or the gradient norm is infinite or not a number."""
+    spike_policy: Literal["off", "skip", "rollback", "stop"] = "off"
+    """Where the gradient norm is more than `spike_factor` times its median over the last `spike_window` updates."""
+    spike_factor: float = 10.0
+    spike_window: int = 100
+    """Updates; no norm counts as a spike before there have been so many."""
+    max_consecutive_skips: int = 10
+    """Steps in a row that may be skipped; one more ends the run."""
+    rollback_steps: int = 1
+    """A rollback goes to the newest checkpoint that is at least so many steps old; without one the step is skipped."""
+    max_rollbacks: int = 3
+    """Rollbacks to the same checkpoint; one more ends the run."""
+    hang_timeout_seconds: int | None = None
+    """How long the job may stand still before every rank writes its stacks down and ends; null:
+    `parallel.distributed_timeout_minutes`, less 5 s."""
+    straggler_factor: float = 1.5
+    """A rank that works so many times as long as the median rank is named in the log; 0: do not measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Tasks that a run evaluates on its weights as they are; the training does not notice."""
+
+    interval: int = 0
+    """Steps between evaluations, of which one comes before the first step and one after the last. 0: none."""
+    tasks: tuple[str, ...] = ()
+    """Built-in names or import paths, as for mm1 eval."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Folder of a task's data, by task; not of those that know their own."""
+    shots: tuple[int, ...] = (0,)
+    """Numbers of demonstrations, each evaluated."""
+    limit: int | None = 256
+    """Items per task at most; None: all."""
+    seed: int = 0
+    """Of the choice of demonstrations."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     log_interval: int = 10
@@ -381,6 +434,8 @@ class MM1Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run_dir: str = "runs/mm1"
     """Checkpoints, logs and the resolved configuration go here."""

@@ -77,6 +77,14 @@ MINIMUM: dict[str, int] = {
     "checkpoint.keep_last": 1,
     "checkpoint.keep_every": 1,
     "checkpoint.max_save_failures": 0,
+    "faults.spike_window": 1,
+    "faults.max_consecutive_skips": 0,
+    "faults.rollback_steps": 1,
+    "faults.max_rollbacks": 1,
+    "faults.hang_timeout_seconds": 1,
+    "faults.straggler_factor": 0,
+    "evaluation.interval": 0,
+    "evaluation.limit": 1,
     "logging.log_interval": 1,
 }
 """The smallest legal value of each key that counts or measures something; null is legal where the schema has it."""
@@ -366,6 +374,33 @@ def _checkpoint(config: MM1Config, world_size: int) -> Iterator[str]:
         yield "checkpoint.finetune takes the weights of checkpoint.load, which is null: name a checkpoint"
 
 
+def _faults(config: MM1Config, world_size: int) -> Iterator[str]:
+    faults, longest = config.faults, 60 * config.parallel.distributed_timeout_minutes - 5
+    if not 1 < faults.spike_factor < math.inf:
+        yield f"faults.spike_factor {faults.spike_factor} would make ordinary steps spikes: use more than 1"
+    if not (faults.straggler_factor == 0 or 1 < faults.straggler_factor < math.inf):
+        yield f"faults.straggler_factor {faults.straggler_factor} names ordinary ranks: use more than 1, or 0 for none"
+    if faults.hang_timeout_seconds is not None and faults.hang_timeout_seconds > longest:
+        yield (
+            f"faults.hang_timeout_seconds {faults.hang_timeout_seconds} is more than {longest}, and collectives give "
+            f"up after parallel.distributed_timeout_minutes {config.parallel.distributed_timeout_minutes}: raise that, "
+            f"or use {longest} or less"
+        )
+
+
+def _evaluation(config: MM1Config, world_size: int) -> Iterator[str]:
+    evaluation = config.evaluation
+    if evaluation.interval and not evaluation.tasks:
+        yield f"evaluation.interval {evaluation.interval} without a task: name some in evaluation.tasks, or use 0"
+    if evaluation.tasks and not evaluation.interval:
+        yield f"evaluation.tasks {', '.join(evaluation.tasks)} without evaluation.interval: say how often"
+    if not evaluation.shots or min(evaluation.shots) < 0:
+        yield f"evaluation.shots {list(evaluation.shots)}: give numbers of demonstrations, 0 for none"
+    for task in evaluation.data:
+        if task not in evaluation.tasks:
+            yield f"evaluation.data names {task}, which is not among evaluation.tasks: add it, or leave it out"
+
+
 RULES = (
     Rule(("model.decoder",), _decoder_shape),
     Rule(("model.decoder", "parallel.tensor"), layout_rules.decoder_tensor_parallel),
@@ -387,6 +422,8 @@ RULES = (
     Rule(("optimizer.lr_", "training.train_iters"), _schedule),
     Rule(("fp8", "model.decoder.num_layers", "parallel.pipeline"), _fp8),
     Rule((), _checkpoint),
+    Rule(("faults", "parallel.distributed_timeout"), _faults),
+    Rule(("evaluation",), _evaluation),
 )
 
 

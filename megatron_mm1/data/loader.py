@@ -5,7 +5,7 @@ the data-parallel ranks by their images (`data.balance`): every data-parallel si
 run resumes from the number of sequences it has consumed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
@@ -51,7 +51,7 @@ def train_batches(
     consumed_sequences: int = 0,
     with_pixels: bool = True,
     data: TrainingData | None = None,
-) -> Iterator[PackedBatch]:
+) -> Generator[PackedBatch]:
     """This rank's microbatches, without end; close the iterator to stop its workers.
 
     Args:

@@ -1,6 +1,6 @@
 """From a configuration to the order of training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -85,6 +85,19 @@ class TrainingData:
             for name, passes in ingredient.passes.items():
                 seen[name] += passes * count / len(ingredient.stream)
         return seen
+
+    def keys(self, sequences: Iterable[int]) -> dict[str, list[str]]:
+        """Where the documents of these sequences of the plan came from, by source: each once, in order."""
+        pieces = [piece for sequence in sequences for piece in self.plan.sequence(sequence)]
+        documents = {
+            name: list(dict.fromkeys(piece.document for piece in pieces if piece.source == number))
+            for number, name in enumerate(self.sources.names)
+        }
+        return {
+            name: self.sources[number].keys(documents[name])
+            for number, name in enumerate(self.sources.names)
+            if documents[name]
+        }
 
     def long_documents(self) -> list[str]:
         """A sentence for each ingredient that has documents which do not fit a sequence and are not split."""

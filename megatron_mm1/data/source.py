@@ -109,10 +109,16 @@ class IndexedSource:
 
     def key(self, document: int) -> str:
         """Where a document came from."""
-        part, local = self._place(document)
-        start, stop = self._documents[part][local : local + 2, 2].tolist()
-        (content,) = self._storage.read([Range(f"{self.manifest.parts[part].name}/keys.bin", start, stop)])
-        return content.decode(errors="replace")
+        return self.keys([document])[0]
+
+    def keys(self, documents: Sequence[int]) -> list[str]:
+        """The same of several documents, in one batch of reads."""
+        requests = []
+        for document in documents:
+            part, local = self._place(document)
+            start, stop = self._documents[part][local : local + 2, 2].tolist()
+            requests.append(Range(f"{self.manifest.parts[part].name}/keys.bin", start, stop))
+        return [content.decode(errors="replace") for content in self._storage.read(requests)]
 
     def piece(self, document: int, start: int = 0, stop: int | None = None) -> Piece:
         """Stored tokens `start` to `stop` of a document, with the images among them."""

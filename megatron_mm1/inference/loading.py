@@ -44,11 +44,14 @@ AS_TRAINED = ParallelSizes()
 
 
 @contextmanager
-def open_engine(checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED) -> Iterator[Engine]:
+def open_engine(
+    checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED, batch_size: int = 64, images_together: int | None = None
+) -> Iterator[Engine]:
     """Join the job, load the checkpoint's weights, and leave the job when the block ends.
 
     Args:
         checkpoint: a checkpoint, or a folder of them (the newest is taken).
+        batch_size, images_together: the engine's.
 
     Raises:
         UserError: the checkpoint, its tokenizer or the layout cannot be used.
@@ -67,7 +70,14 @@ def open_engine(checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED) -> Itera
         model = build_module(config, backend=backend, pg_collection=groups)
         if missing := load_weights(checkpoint, [model], pg_collection=groups):
             raise UserError(f"{checkpoint} lacks the {' and the '.join(missing)}: train from it first")
-        yield Engine(config, model, tokenizer, pg_collection=groups)
+        yield Engine(
+            config,
+            model,
+            tokenizer,
+            pg_collection=groups,
+            batch_size=batch_size,
+            images_together=images_together,
+        )
         torch.distributed.barrier()
         destroy_process_groups()
     finally:

@@ -166,6 +166,7 @@ def build_decoder(
             qk_layernorm=decoder.qk_layernorm,
             context_parallel=config.parallel.context_parallel_size > 1,
             experts_recipe=fp8_recipes(config.fp8)["experts"],
+            attention_kernel=config.training.attention_kernel,
         ),
         vocab_size=padded_vocab_size(decoder.vocab_size, config.parallel.tensor_model_parallel_size),
         max_sequence_length=config.data.seq_length,

@@ -97,7 +97,7 @@ class MM1Model(MegatronModule):
                 recompute=config.training.vision_recompute,
                 fp8_recipe=config.fp8.tower_recipe,
             ),
-            layer_spec=vision_layer_spec(self.backend),
+            layer_spec=vision_layer_spec(self.backend, attention_kernel=config.training.attention_kernel),
             pg_collection=groups,
         )
         if self.vision_group is not None:
@@ -270,7 +270,7 @@ def packed_seq_params(batch: PackedBatch, context_group: ProcessGroup) -> Packed
         "PackedBatch.to computes the boundaries on the host, before the batch reaches the device"
     )
     if context_group.size() > 1:
-        from megatron_mm1.model.te_attention import ContextParallelParams
+        from megatron_mm1.model.packed_attention import ContextParallelParams
 
         positions, device = batch.tokens.numel(), batch.tokens.device
         chunks = tuple(

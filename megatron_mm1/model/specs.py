@@ -15,7 +15,6 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -29,10 +28,12 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from megatron_mm1.config.schema import Fp8Recipe
+from megatron_mm1.config.schema import AttentionKernel, Fp8Recipe
 from megatron_mm1.model.activations import SwiGLU
 from megatron_mm1.model.attention import LocalAttention
+from megatron_mm1.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megatron_mm1.model.norms import LocalNorm
+from megatron_mm1.model.packed_attention import PackedAttention
 from megatron_mm1.model.precision import making_weights, with_recipe
 from megatron_mm1.model.router import ExpertsLayer, Router
 
@@ -68,13 +69,13 @@ class _Modules:
     fused_norm: bool
 
 
-def _modules(backend: str, *, context_parallel: bool) -> _Modules:
+def _modules(backend: str, *, context_parallel: bool, attention_kernel: AttentionKernel) -> _Modules:
     if backend == "local":
         return _Modules(
             stack=LocalHybridStack,
             norm=LocalNorm,
-            column_parallel=ColumnParallelLinear,
-            row_parallel=RowParallelLinear,
+            column_parallel=LocalColumnParallelLinear,
+            row_parallel=LocalRowParallelLinear,
             core_attention=LocalAttention,
             mask=AttnMaskType.arbitrary,  # the mask given at run time says everything
             activation=SwiGLU,
@@ -82,14 +83,17 @@ def _modules(backend: str, *, context_parallel: bool) -> _Modules:
         )
     from megatron.core.extensions import transformer_engine as te
 
-    from megatron_mm1.model.te_attention import ContextParallelAttention
+    core_attention: type = PackedAttention
+    if attention_kernel == "transformer_engine":
+        from megatron_mm1.model.te_attention import ContextParallelAttention
 
+        core_attention = ContextParallelAttention if context_parallel else te.TEDotProductAttention
     return _Modules(
         stack=HybridStack,
         norm=te.TENorm,
         column_parallel=te.TELayerNormColumnParallelLinear,
         row_parallel=te.TERowParallelLinear,
-        core_attention=ContextParallelAttention if context_parallel else te.TEDotProductAttention,
+        core_attention=core_attention,
         mask=AttnMaskType.padding_causal,
         activation=None,  # megatron-core fuses it
         fused_norm=True,
@@ -97,7 +101,12 @@ def _modules(backend: str, *, context_parallel: bool) -> _Modules:
 
 
 def decoder_stack_spec(
-    backend: str, *, qk_layernorm: bool, context_parallel: bool = False, experts_recipe: Fp8Recipe = "bf16"
+    backend: str,
+    *,
+    qk_layernorm: bool,
+    context_parallel: bool = False,
+    experts_recipe: Fp8Recipe = "bf16",
+    attention_kernel: AttentionKernel = "torch",
 ) -> ModuleSpec:
     """The decoder's stack: one layer spec per symbol of the layer pattern (`*` attention, `-` dense FFN, `E` experts).
 
@@ -106,8 +115,9 @@ def decoder_stack_spec(
         qk_layernorm: normalise queries and keys per head.
         context_parallel: ranks share the positions of a sequence.
         experts_recipe: how experts multiply, with Transformer Engine.
+        attention_kernel: whose kernels attention runs, with Transformer Engine.
     """
-    modules = _modules(backend, context_parallel=context_parallel)
+    modules = _modules(backend, context_parallel=context_parallel, attention_kernel=attention_kernel)
     norm = IdentityOp if modules.fused_norm else modules.norm
     qk_norm = modules.norm if qk_layernorm else None
     attention = SelfAttentionSubmodules(

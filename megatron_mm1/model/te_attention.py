@@ -2,33 +2,19 @@
 
 Transformer Engine can split packed sequences over ranks itself, but only where the length of every example is a
 multiple of 2 C, which would change what is packed with the layout. Instead each rank gathers keys and values and runs
-the packed kernel on each of its two chunks of queries; a segment that began before the chunk has more keys than
-queries, and the causal mask is aligned at its end. Imported only where Transformer Engine is.
+the packed kernel on each of its two chunks of queries. Imported only where Transformer Engine is.
 """
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.extensions import transformer_engine as te
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_mm1.parallel.context import ChunkBoundaries, gather_positions
-
-
-@dataclass
-class ContextParallelParams(PackedSeqParams):
-    """The boundaries of this rank's two chunks, in the argument that megatron-core hands down to attention.
-
-    Rotary positions run on over the flattened microbatch: qkv_format is not "thd", and max_seqlen_q is T, so that
-    megatron-core slices its rotary embedding by context-parallel rank.
-    """
-
-    chunks: tuple[ChunkBoundaries, ...] = ()
+from megatron_mm1.model.packed_attention import ContextParallelParams, attend_from_chunks
+from megatron_mm1.parallel.context import ChunkBoundaries
 
 
 class ContextParallelAttention(te.TEDotProductAttention):
@@ -52,33 +38,23 @@ class ContextParallelAttention(te.TEDotProductAttention):
         packed_seq_params: ContextParallelParams,
         **kwargs: Any,
     ) -> Tensor:
-        """Attend.
-
-        Args:
-            query: [T / C, 1, heads, head_dim].
-            key, value: [T / C, 1, groups, head_dim].
-            attention_mask: unused; `packed_seq_params` says it all.
-
-        Returns:
-            [T / C, 1, heads * head_dim].
-        """
-        queries = query.squeeze(1).chunk(2)
-        keys, values = gather_positions(torch.stack((key.squeeze(1), value.squeeze(1)), 1), self.context_group).unbind(
-            1
+        """Shapes as `attend_from_chunks`; `attention_mask` is unused: `packed_seq_params` says it all."""
+        return attend_from_chunks(
+            self._attend, query, key, value, chunks=packed_seq_params.chunks, group=self.context_group
         )
-        context = [
-            super(te.TEDotProductAttention, self).forward(
-                chunk_queries.contiguous(),
-                keys[chunk.key_start : chunk.key_stop].contiguous(),
-                values[chunk.key_start : chunk.key_stop].contiguous(),
-                None,
-                qkv_format="thd",
-                attn_mask_type="padding_causal_bottom_right",
-                cu_seqlens_q=chunk.cu_seqlens_q,
-                cu_seqlens_kv=chunk.cu_seqlens_kv,
-                max_seqlen_q=chunk.max_seqlen_q,
-                max_seqlen_kv=chunk.max_seqlen_kv,
-            )
-            for chunk_queries, chunk in zip(queries, packed_seq_params.chunks, strict=True)
-        ]
-        return torch.cat(context).flatten(1).unsqueeze(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: ChunkBoundaries) -> Tensor:
+        # megatron-core's forward would take the boundaries from a PackedSeqParams, and the mask from the layer.
+        context: Tensor = super(te.TEDotProductAttention, self).forward(
+            query.contiguous(),
+            key.contiguous(),
+            value.contiguous(),
+            None,
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right",
+            cu_seqlens_q=chunk.cu_seqlens_q,
+            cu_seqlens_kv=chunk.cu_seqlens_kv,
+            max_seqlen_q=chunk.max_seqlen_q,
+            max_seqlen_kv=chunk.max_seqlen_kv,
+        )
+        return context

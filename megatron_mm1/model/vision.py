@@ -12,7 +12,6 @@ from megatron.core.activations import quick_gelu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -24,11 +23,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_mm1.config.derived import num_vision_blocks
-from megatron_mm1.config.schema import Fp8Recipe, ParallelConfig, VisionConfig
+from megatron_mm1.config.schema import AttentionKernel, Fp8Recipe, ParallelConfig, VisionConfig
 from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.extension import resolve
 from megatron_mm1.model.attention import LocalAttention
+from megatron_mm1.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megatron_mm1.model.norms import LocalNorm
+from megatron_mm1.model.packed_attention import PackedAttention
 from megatron_mm1.model.positions import interpolate_positions
 from megatron_mm1.model.precision import fp8_settings, input_row_multiple
 from megatron_mm1.parallel.device import device
@@ -115,20 +116,23 @@ def vision_transformer_config(
     )
 
 
-def vision_layer_spec(backend: str) -> ModuleSpec:
+def vision_layer_spec(backend: str, *, attention_kernel: AttentionKernel = "torch") -> ModuleSpec:
     """The modules of one pre-norm encoder layer.
 
     Args:
         backend: "local" or "transformer_engine", as `parallel.device.layer_backend` resolves it.
+        attention_kernel: whose kernels attention runs, with Transformer Engine.
     """
+    attention: type
     if backend == "local":
         norm, fused_norm_names = LocalNorm, dict(FUSED_NORM_NAMES)
-        column, row, attention = ColumnParallelLinear, RowParallelLinear, LocalAttention
+        column, row, attention = LocalColumnParallelLinear, LocalRowParallelLinear, LocalAttention
     else:
         from megatron.core.extensions import transformer_engine as te
 
         norm, fused_norm_names = IdentityOp, {}
-        column, row, attention = te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TEDotProductAttention
+        column, row = te.TELayerNormColumnParallelLinear, te.TERowParallelLinear
+        attention = te.TEDotProductAttention if attention_kernel == "transformer_engine" else PackedAttention
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

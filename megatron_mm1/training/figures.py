@@ -56,7 +56,7 @@ class Window:
         self.images += int(images_per_rank.sum())
         self.imbalance += imbalance(images_per_rank)
         self.skipped += statistics.skipped
-        self.nan += not math.isfinite(statistics.losses.loss)
+        self.nan += any(statistics.losses.token_counts) and not math.isfinite(statistics.losses.loss)
 
     @property
     def tokens_per_second(self) -> float:

@@ -179,10 +179,13 @@ class CheckpointSaver:
 
     def _failed(self, error: str) -> None:
         self.failures += 1
-        text = f"no checkpoint was saved: {error}"
         if self.failures > self.max_failures:
-            raise UserError(f"{text} (the checkpoints before it are whole; free space or mend permissions and go on)")
-        self.say(f" {text}; training goes on, {self.max_failures - self.failures} more may fail in a row")
+            raise UserError(
+                f"no checkpoint was saved: {error} "
+                "(the checkpoints before it are whole; free space or mend permissions and go on)"
+            )
+        more = self.max_failures - self.failures
+        self.say(f" no checkpoint was saved: {error}; training goes on, {more} more may fail in a row")
 
 
 class _Strategy(TorchDistSaveShardedStrategy):

@@ -13,6 +13,8 @@ FOLDER = Path(__file__).parent
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:
+        return  # a worker of pytest-xdist: the process that reports counts
     skipped = _of_this_folder(reporter.stats.get("skipped", []))
     session.exitstatus = exit_status(int(exitstatus), skipped=len(skipped), has_device=torch.cuda.is_available())
 

@@ -96,7 +96,16 @@ def reference_model(config: MM1Config, weights: Mapping[str, Tensor], groups: Pr
     plain = with_precision(dataclasses.replace(config, fp8=Fp8Config()), "fp32")
     model = unwrap(build_module(plain, backend="local", pg_collection=groups))
     load_canonical(model, weights, groups)
-    return model.double().train()
+    return in_float64(model).train()
+
+
+def in_float64(model: torch.nn.Module) -> Any:
+    """`model` itself, its router's product too, which is in float32 by configuration."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "moe_router_dtype"):
+            config.moe_router_dtype = "fp64"
+    return model.double()
 
 
 def trained_model(

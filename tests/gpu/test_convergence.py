@@ -1,10 +1,13 @@
-"""200 steps of a small model in each FP8 recipe, everything in FP8 that can be, beside bf16."""
+"""200 steps of small models, dense and with experts, in each FP8 recipe, everything in FP8 that can be, beside bf16."""
 
+import functools
 import statistics
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
+from megatron_mm1.config.schema import MoEConfig
 from megatron_mm1.training.build import build_model, build_optimizer
 from megatron_mm1.training.step import train_step
 from tests.gpu.marks import TRANSFORMER_ENGINE
@@ -14,8 +17,13 @@ from tests.gpu.stream import least_loss, stream
 pytestmark = TRANSFORMER_ENGINE
 
 STEPS = 200
+DECODERS = {"dense": None, "experts": MoEConfig(num_moe_experts=4, moe_layer_freq=2, moe_ffn_hidden_size=256)}
 WITHIN = 0.03
 """Share of bf16's loss that FP8's may be off: rounding makes single steps differ by more, not 20 of them."""
+
+
+def mean_of_last(losses: Sequence[float]) -> float:
+    return statistics.mean(losses[-20:])
 
 
 def losses(config, groups, *, backend: str, steps: int) -> list[float]:
@@ -31,15 +39,22 @@ def losses(config, groups, *, backend: str, steps: int) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def bf16_loss(groups) -> float:
-    got = losses(small_config(), groups, backend="transformer_engine", steps=STEPS)
-    final = statistics.mean(got[-20:])
-    # Half of what there is to learn, at least.
-    assert final < (got[0] + least_loss()) / 2, f"bf16 itself does not learn: {got[0]:.3f} to {final:.3f}"
+def bf16_loss(groups) -> Callable[[str], float]:
+    """The mean loss of the last steps in bf16, by the decoder's kind."""
+
+    @functools.cache
+    def final(decoder: str) -> float:
+        got = losses(small_config(moe=DECODERS[decoder]), groups, backend="transformer_engine", steps=STEPS)
+        # Half of what there is to learn, at least.
+        assert mean_of_last(got) < (got[0] + least_loss()) / 2, f"bf16 does not learn: {got[0]:.3f} to {got[-1]:.3f}"
+        return mean_of_last(got)
+
     return final
 
 
 @pytest.mark.parametrize("recipe", FP8_RECIPES)
-def test_fp8_learns_as_bf16_does(groups, bf16_loss, recipe):
-    got = losses(all_fp8(recipe, small_config()), groups, backend="transformer_engine", steps=STEPS)
-    assert statistics.mean(got[-20:]) == pytest.approx(bf16_loss, rel=WITHIN)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_fp8_learns_as_bf16_does(groups, bf16_loss, decoder, recipe):
+    config = all_fp8(recipe, small_config(moe=DECODERS[decoder]))
+    got = losses(config, groups, backend="transformer_engine", steps=STEPS)
+    assert mean_of_last(got) == pytest.approx(bf16_loss(decoder), rel=WITHIN)

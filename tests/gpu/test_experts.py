@@ -12,7 +12,7 @@ from megatron_mm1.parallel.device import device
 from tests.canonical import canonical_state, load_canonical
 from tests.gpu.comparison import BF16_ROUNDING, relative_error
 from tests.gpu.marks import TRANSFORMER_ENGINE
-from tests.gpu.models import small_config, with_precision
+from tests.gpu.models import in_float64, small_config, with_precision
 
 pytestmark = TRANSFORMER_ENGINE
 
@@ -74,7 +74,7 @@ def test_grouped_experts_are_the_sequential_ones(groups, capacity, permute_fusio
     """Both in bf16, by their errors from the sequential ones in float64; their routers choose from the same numbers."""
     config = moe_config(moe_expert_capacity_factor=capacity)
     weights, inputs = layer_weights(config, groups), layer_inputs(config)
-    exact = loaded(with_precision(config, "fp32"), groups, weights, backend="local").double()
+    exact = in_float64(loaded(with_precision(config, "fp32"), groups, weights, backend="local"))
     expected = results(exact, inputs)
     sequential = results(loaded(config, groups, weights, backend="local"), inputs)
     grouped = results(

@@ -11,10 +11,13 @@ from megatron_mm1.parity.workers import Pool
 from tests.gpu import jobs
 from tests.gpu.corpus import training_config
 from tests.gpu.marks import BACKENDS, GPU
+from tests.gpu.models import FP8_RECIPES, all_fp8
 
 pytestmark = GPU
 
 PRESETS = ("mm1-tiny", "mm1-tiny-moe")
+SAME_RUN = 1e-4
+"""Relative difference of losses between two runs of the same kernels, some of which add in any order."""
 WITHIN = 0.01
 """Relative difference of a step's loss in bf16 on two kinds of device: the sum over the vocabulary averages
 roundings, 2^-8 each; weights drift apart over few steps."""
@@ -84,3 +87,21 @@ def test_a_checkpoint_of_the_cpu_goes_on_on_the_gpu(on_gpu, on_cpu, tmp_path, ba
     [(losses, _)] = on_gpu.run(jobs.train, longer, backend)
     assert len(losses) == 8
     assert sum(losses[5:]) / 3 < losses[0]
+
+
+@pytest.mark.parametrize("fp8_param", [False, True])
+@pytest.mark.parametrize("recipe", FP8_RECIPES)
+def test_a_run_in_fp8_goes_on_from_its_checkpoint(on_gpu, tmp_path, recipe, fp8_param):
+    """Eight steps with a stop after five are eight steps without one."""
+    config = training_config("mm1-tiny", tmp_path / "corpus")
+    config = dataclasses.replace(
+        all_fp8(recipe, config, fp8_param=fp8_param),
+        parallel=dataclasses.replace(config.parallel, use_distributed_optimizer=True),
+    )
+    longer = dataclasses.replace(config, training=dataclasses.replace(config.training, train_iters=8))
+    [(expected, _)] = on_gpu.run(
+        jobs.train, dataclasses.replace(longer, run_dir=str(tmp_path / "whole")), "transformer_engine"
+    )
+    on_gpu.run(jobs.train, config, "transformer_engine")
+    [(losses, _)] = on_gpu.run(jobs.train, longer, "transformer_engine")
+    assert losses == pytest.approx(expected, rel=SAME_RUN)

@@ -32,7 +32,8 @@ from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import open_tokenizer
-from megatron_mm1.inference.engine import Engine, Prompt
+from megatron_mm1.inference.engine import Engine
+from megatron_mm1.inference.requests import Generation, GenerationRequest, Prompt
 from megatron_mm1.model.mm1 import MM1Model
 from tests import transformers_runner
 from tests.corpora import encoded, small_tokenizer
@@ -239,7 +240,9 @@ def test_the_processor_makes_our_ids_and_our_pixels(case: Exported) -> None:
 @pytest.mark.parametrize("how", ["generated", "together"])
 def test_generates_the_tokens_of_our_engine(case: Exported, how: str) -> None:
     """Each prompt by itself, and all of them padded on the left."""
-    expected = case.engine.generate_ids(PROMPTS, max_new_tokens=transformers_runner.NEW_TOKENS)
+    new_tokens = transformers_runner.NEW_TOKENS
+    requests = [GenerationRequest(prompt=prompt, max_new_tokens=new_tokens) for prompt in PROMPTS]
+    expected = [list(one.token_ids) for one in case.engine.generate(requests) if isinstance(one, Generation)]
     assert len({tuple(ids) for ids in expected}) == len(PROMPTS)  # they depend on the prompt
     assert case.theirs[how] == expected
 

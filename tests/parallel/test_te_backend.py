@@ -11,7 +11,7 @@ import pytest
 
 from megatron_mm1.config import Fp8Config, MM1Config
 from megatron_mm1.config.presets import preset
-from megatron_mm1.config.schema import Fp8Recipe
+from megatron_mm1.config.schema import AttentionKernel, Fp8Recipe
 from tests import te_jobs
 from tests.parallel import jobs
 
@@ -31,25 +31,39 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-def config_of(name: str, *, fp8: Fp8Config | None = None, **sizes: Any) -> MM1Config:
+def config_of(name: str, *, fp8: Fp8Config | None = None, kernel: AttentionKernel = "torch", **sizes: Any) -> MM1Config:
     config = dataclasses.replace(preset(name), fp8=fp8 or Fp8Config())
-    training = dataclasses.replace(config.training, global_batch_size=2, micro_batch_size=2, precision="fp32")
+    training = dataclasses.replace(
+        config.training, global_batch_size=2, micro_batch_size=2, precision="fp32", attention_kernel=kernel
+    )
     return jobs.with_parallel(dataclasses.replace(config, training=training), **sizes)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_and_every_gradient_are_the_local_backends(te_pool, layout):
+@pytest.mark.parametrize(
+    ("layout", "kernel"),
+    [(layout, "torch") for layout in LAYOUTS]
+    + [(layout, "transformer_engine") for layout in ("dense", "dense, TP2+SP, images shared", "dense, CP2")],
+)
+def test_losses_and_every_gradient_are_the_local_backends(te_pool, layout, kernel: AttentionKernel):
     name, world_size, sizes = LAYOUTS[layout]
-    for distances in te_pool(world_size).run(te_jobs.compare, config_of(name, **sizes), KINDS):
+    for distances in te_pool(world_size).run(te_jobs.compare, config_of(name, kernel=kernel, **sizes), KINDS):
         apart = {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}
         assert not apart
 
 
-@pytest.mark.parametrize("layout", ["experts", "experts, TP2+SP"])
-@pytest.mark.parametrize("recipe", ["fp8_tensorwise", "fp8_blockwise"])
-def test_rows_added_for_fp8_change_nothing(te_pool, recipe: Fp8Recipe, layout):
+@pytest.mark.parametrize(
+    ("layout", "recipe", "kernel"),
+    [
+        ("experts", "fp8_tensorwise", "torch"),
+        ("experts", "fp8_tensorwise", "transformer_engine"),
+        ("experts", "fp8_blockwise", "torch"),
+        ("experts, TP2+SP", "fp8_tensorwise", "torch"),
+        ("experts, TP2+SP", "fp8_blockwise", "transformer_engine"),
+    ],
+)
+def test_rows_added_for_fp8_change_nothing(te_pool, layout, recipe: Fp8Recipe, kernel: AttentionKernel):
     """Images as one packed sequence, padded rows of experts and connectors. (Products are not quantised here.)"""
     name, world_size, sizes = LAYOUTS[layout]
     fp8 = Fp8Config(decoder_recipe=recipe, tower_recipe=recipe, connector_recipe=recipe)
-    for distances in te_pool(world_size).run(te_jobs.compare, config_of(name, fp8=fp8, **sizes), KINDS):
+    for distances in te_pool(world_size).run(te_jobs.compare, config_of(name, fp8=fp8, kernel=kernel, **sizes), KINDS):
         assert not {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}

@@ -348,6 +348,10 @@ BROKEN = [
         "--lr_decay_iters 50 --lr_warmup_iters 100",
         "lr_warmup_iters 100 is not less than lr_decay_iters 50",
     ),
+    ("mm1-tiny", 2, "--evaluation.interval 5", "evaluation.interval 5 without a task: name some in evaluation.tasks"),
+    ("mm1-tiny", 2, "--evaluation.tasks [coco]", "evaluation.tasks coco without evaluation.interval: say how often"),
+    ("mm1-tiny", 2, "--evaluation.shots [0,-4]", "evaluation.shots [0, -4]: give numbers of demonstrations"),
+    ("mm1-tiny", 2, '--evaluation.data {"coco":"x"}', "evaluation.data names coco, which is not among"),
     ("mm1-tiny", 2, "--finetune", "checkpoint.finetune takes the weights of checkpoint.load, which is null"),
     (
         "mm1-tiny",
@@ -473,6 +477,7 @@ def test_every_count_has_a_minimum() -> None:
         "model.vision.feature_layer",
         "parallel.decoder_first_pipeline_num_layers",
         "data.seed",
+        "evaluation.seed",
         "training.seed",
     }
     assert counts - set(MINIMUM) == free

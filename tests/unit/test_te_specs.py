@@ -12,6 +12,7 @@ import torch
 
 from megatron_mm1.config import MM1Config, ParallelConfig
 from megatron_mm1.config.presets import PRESETS, preset
+from megatron_mm1.config.schema import AttentionKernel
 from tests import te_specs
 from tests.te_specs import Layer
 
@@ -27,9 +28,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def config_of(name: str, sizes: dict[str, Any]) -> MM1Config:
+def config_of(name: str, sizes: dict[str, Any], kernel: AttentionKernel) -> MM1Config:
     config = preset(name)
-    training = dataclasses.replace(config.training, precision="bf16")
+    training = dataclasses.replace(config.training, precision="bf16", attention_kernel=kernel)
     return dataclasses.replace(config, training=training, parallel=ParallelConfig(**sizes))
 
 
@@ -53,7 +54,8 @@ def expected(config: MM1Config) -> Iterator[tuple[str, str, dict[str, Any], dict
         layer = f"language_model.decoder.layers.{2 * block}.self_attention"
         column = dict(parallel_mode="column", sequence_parallel=sp, normalization="RMSNorm", bias=False)
         row = dict(parallel_mode="row", sequence_parallel=sp, bias=False)
-        yield from _attention(layer, width, heads, groups, head, tp, column, row, dict(attn_mask_type="padding_causal"))
+        yield from _projections(layer, width, heads, groups, head, tp, column, row)
+        yield _core_attention(layer, heads, groups, head, tp, config.training.attention_kernel, "padding_causal")
         layer, ffn = f"language_model.decoder.layers.{2 * block + 1}", decoder.ffn_hidden_size
         if moe is None or (block + 1) % moe.moe_layer_freq:
             yield from _mlp(f"{layer}.mlp", width, ffn, 2, tp, column, row)
@@ -71,8 +73,9 @@ def expected(config: MM1Config) -> Iterator[tuple[str, str, dict[str, Any], dict
     row = dict(parallel_mode="row", sequence_parallel=False, bias=True)
     for block in range(vision.num_layers + 1 + vision.feature_layer):
         layer = f"tower.encoder.layers.{block}"
-        mask = dict(attn_mask_type="no_mask")
-        yield from _attention(f"{layer}.self_attention", width, heads, heads, width // heads, tp, column, row, mask)
+        attention, head = f"{layer}.self_attention", width // heads
+        yield from _projections(attention, width, heads, heads, head, tp, column, row)
+        yield _core_attention(attention, heads, heads, head, tp, config.training.attention_kernel, "no_mask")
         yield from _mlp(f"{layer}.mlp", width, ffn, 1, tp, column, row)
 
 
@@ -83,16 +86,22 @@ def _weights(rows: int, columns: int, bias: int | None, norm: str | None) -> dic
     return shapes | ({"layer_norm_bias": (columns,)} if norm == "LayerNorm" else {})
 
 
-def _attention(
-    layer: str, width: int, heads: int, groups: int, head: int, tp: int, column: Any, row: Any, mask: Any
+def _core_attention(
+    layer: str, heads: int, groups: int, head: int, tp: int, kernel: AttentionKernel, mask: str
+) -> tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]:
+    if kernel == "torch":
+        return f"{layer}.core_attention", "PackedAttention", dict(causal="causal" in mask), {}
+    arguments = dict(num_attention_heads=heads, num_gqa_groups=groups, kv_channels=head, attention_dropout=0.0)
+    arguments |= dict(tp_size=tp, attn_mask_type=mask)
+    return f"{layer}.core_attention", "DotProductAttention", arguments, {}
+
+
+def _projections(
+    layer: str, width: int, heads: int, groups: int, head: int, tp: int, column: Any, row: Any
 ) -> Iterator[tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]]:
     qkv = (heads + 2 * groups) * head // tp
     weights = _weights(qkv, width, qkv if column["bias"] else None, column["normalization"])
     yield f"{layer}.linear_qkv", "LayerNormLinear", column | dict(tp_size=tp), weights
-    attention = mask | dict(
-        num_attention_heads=heads, num_gqa_groups=groups, kv_channels=head, attention_dropout=0.0, tp_size=tp
-    )
-    yield f"{layer}.core_attention", "DotProductAttention", attention, {}
     weights = _weights(width, heads * head // tp, width if row["bias"] else None, None)
     yield f"{layer}.linear_proj", "Linear", row | dict(tp_size=tp), weights
 
@@ -107,13 +116,14 @@ def _mlp(
     yield f"{layer}.linear_fc2", "Linear", row | dict(tp_size=tp), weights
 
 
-CASES = [(name, layout) for name in PRESETS for layout in LAYOUTS if fits(name, layout)]
+CASES = [(name, layout, "torch") for name in PRESETS for layout in LAYOUTS if fits(name, layout)]
+CASES += [("mm1-30b", layout, "transformer_engine") for layout in LAYOUTS if fits("mm1-30b", layout)]
 
 
-@pytest.mark.parametrize(("name", "layout"), CASES, ids=[f"{name}, {layout}" for name, layout in CASES])
-def test_every_layer_is_the_intended_one(in_te_process, name, layout):
+@pytest.mark.parametrize(("name", "layout", "kernel"), CASES, ids=[", ".join(case) for case in CASES])
+def test_every_layer_is_the_intended_one(in_te_process, name, layout, kernel):
     world_size, sizes = LAYOUTS[layout]
-    config = config_of(name, sizes)
+    config = config_of(name, sizes, kernel)
     layers: dict[str, Layer] = in_te_process(te_specs.layers_on, config, rank=world_size - 1, world_size=world_size)
     connector = {name: layers.pop(name) for name in list(layers) if name.startswith("connector.")}
     assert connector and {layer.kind for layer in connector.values()} == {"Linear"}

@@ -16,10 +16,10 @@ import pytest
 from megatron_mm1.config.presets import preset
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import open_tokenizer, train_tokenizer
-from megatron_mm1.parity.workers import WorkerError
-from tests.integration import generation
-from tests.integration.generation import with_data
+from megatron_mm1.inference.requests import Failure
+from tests.parallel import generation_jobs as generation
 from tests.parallel import jobs
+from tests.parallel.generation_jobs import with_data
 
 NEW_TOKENS = 6
 LAYOUTS = {
@@ -173,16 +173,19 @@ def test_a_model_trained_without_images_sees_none(run):
     assert ids[2] == ids[3]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "tokens", "message"),
-    [
-        ((A,), 60, "a prompt of 5 positions and 60 new tokens do not fit the 64 positions"),
-        ((A, Image(b"no image")), 1, "image 2 of the prompts cannot be decoded"),
-    ],
-)
-def test_unusable_prompts_are_refused(run, prompt, tokens, message):
-    with pytest.raises(WorkerError, match=f"UserError: {message}"):
-        run([prompt], [""], max_new_tokens=tokens)
+def test_what_cannot_be_answered_says_so_and_leaves_the_others_alone(run, model):
+    damaged = Image(A.data[:60])
+    prompts = [PROMPTS[2], (A, damaged), PROMPTS[3], tuple([A] * 20), (damaged,)]
+    ids, scores = run(prompts, ["a cat"] * 5)
+    expected = [
+        "image 2 of the prompt cannot be decoded",
+        "the prompt's 81 positions (20 images of 4 each) and 6 more do not fit the 64 that the model was trained with: "
+        "shorten it, leave images out, or ask for less",
+        "image 1 of the prompt cannot be decoded",
+    ]
+    assert [ids[n].message for n in (1, 3, 4)] == expected
+    assert [ids[0], ids[2]] == [model("mm1-tiny")[2][0][n] for n in (2, 3)]
+    assert [isinstance(score, Failure) for score in scores] == [False, True, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -197,18 +200,6 @@ def test_unusable_prompts_are_refused(run, prompt, tokens, message):
 def test_ranks_that_share_weights_work_on_the_same_prompts(pool, model, name, sizes, expected):
     config = jobs.with_parallel(model(name)[0], **sizes)
     assert pool(2).run(generation.replicas, config) == expected
-
-
-@pytest.mark.parametrize(("name", "sizes"), LAYOUTS.values(), ids=LAYOUTS)
-def test_a_task_has_the_same_outcomes_in_every_layout(pool, model, name, sizes):
-    config, checkpoint, _ = model(name)
-    task = generation.Continue(PROMPTS[:5], CONTINUATIONS[:5])  # an odd number of items, and 0, 1 or 2 scores of each
-    [expected] = pool(1).run(generation.run_task, config, checkpoint, task)
-    assert [len(outcome.scores) for outcome in expected] == [0, 1, 2, 0, 1]
-    for outcomes in pool(2).run(generation.run_task, jobs.with_parallel(config, **sizes), checkpoint, task):
-        assert [outcome.text for outcome in outcomes] == [outcome.text for outcome in expected]
-        for outcome, one_process in zip(outcomes, expected, strict=True):
-            assert_scores(outcome.scores, [(score.log_likelihood, score.num_tokens) for score in one_process.scores])
 
 
 def mm1_caption(checkpoint: Path, *images: Path) -> subprocess.CompletedProcess:
