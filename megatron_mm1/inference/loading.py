@@ -109,5 +109,6 @@ def inference_config(saved: MM1Config, *, sizes: ParallelSizes, world_size: int)
         overlap_grad_reduce=False,
     )
     # Validation wants a global batch that the processes divide.
-    training = replace(saved.training, global_batch_size=saved.training.micro_batch_size * world_size, freeze=())
+    batch = saved.training.micro_batch_size * world_size
+    training = replace(saved.training, global_batch_size=batch, batch_size_ramp=(), freeze=(), frozen_steps={})
     return replace(saved, parallel=parallel, training=training, fp8=Fp8Config())
