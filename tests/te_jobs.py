@@ -5,11 +5,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 from megatron_mm1.config import Fp8Config, MM1Config
 from megatron_mm1.data.batch import IGNORE, PackedBatch
+from megatron_mm1.errors import UserError
 from megatron_mm1.model.vision import FUSED_NORM_NAMES
 from megatron_mm1.parallel.context import local_positions
 from megatron_mm1.parallel.device import device
@@ -80,6 +82,22 @@ def compare(config: MM1Config, kinds: tuple[str, ...]) -> dict[str, float]:
             distances[f"{kind}: {name}"] = distance(gradients[te_name(name, gradients)], gradient)
     destroy_process_groups()
     return distances
+
+
+def without_attention_kernels(config: MM1Config, *, component: str) -> str:
+    """What is said where Transformer Engine has no kernel for the attention of a component, "tower" or "decoder"."""
+    groups = build_process_groups(config.parallel, seed=1)
+    model = build_module(config, backend="transformer_engine", pg_collection=groups)
+    said = "nothing"
+    with pytest.MonkeyPatch.context() as environment:
+        part = {"tower": unwrap(model).tower, "decoder": unwrap(model).language_model}[component]
+        part.register_forward_pre_hook(lambda *_: environment.setenv("NVTE_FUSED_ATTN", "0"))
+        try:
+            model(synthetic_batches(config, "mixed")[0].to(device()))
+        except UserError as error:
+            said = str(error)
+    destroy_process_groups()
+    return said
 
 
 @dataclass(frozen=True)

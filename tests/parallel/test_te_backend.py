@@ -67,3 +67,15 @@ def test_rows_added_for_fp8_change_nothing(te_pool, layout, recipe: Fp8Recipe, k
     fp8 = Fp8Config(decoder_recipe=recipe, tower_recipe=recipe, connector_recipe=recipe)
     for distances in te_pool(world_size).run(te_jobs.compare, config_of(name, fp8=fp8, kernel=kernel, **sizes), KINDS):
         assert not {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}
+
+
+@pytest.mark.parametrize(("component", "world_size"), [("tower", 1), ("decoder", 1), ("decoder", 2)])
+def test_attention_without_a_kernel_is_refused_with_the_reason(te_pool, component, world_size):
+    """Transformer Engine itself goes on silently, with products of whole matrices."""
+    config = config_of("mm1-tiny", kernel="transformer_engine", context_parallel_size=world_size)
+    for said in te_pool(world_size).run(te_jobs.without_attention_kernels, config, component=component):
+        assert said == (
+            "training.attention_kernel transformer_engine: Transformer Engine has no attention kernel for this input: "
+            "Disabling FusedAttention due to NVTE_FUSED_ATTN=0. Use training.attention_kernel torch, or see "
+            "docs/install.md on cuDNN"
+        )
