@@ -5,12 +5,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 from megatron_mm1.config import Fp8Config, MM1Config
 from megatron_mm1.data.batch import IGNORE, PackedBatch
 from megatron_mm1.data.tokenizer import open_tokenizer
+from megatron_mm1.errors import UserError
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.requests import GenerationRequest, Score, ScoringRequest
 from megatron_mm1.model.vision import FUSED_NORM_NAMES
@@ -100,6 +102,22 @@ def score(config: MM1Config, requests: list[ScoringRequest]) -> tuple[list[Score
         texts.append([answer.text for answer in engine.generate(continued)])
     destroy_process_groups()
     return scores[0], scores[1], texts[0], texts[1]
+
+
+def without_attention_kernels(config: MM1Config, *, component: str) -> str:
+    """What is said where Transformer Engine has no kernel for the attention of a component, "tower" or "decoder"."""
+    groups = build_process_groups(config.parallel, seed=1)
+    model = build_module(config, backend="transformer_engine", pg_collection=groups)
+    said = "nothing"
+    with pytest.MonkeyPatch.context() as environment:
+        part = {"tower": unwrap(model).tower, "decoder": unwrap(model).language_model}[component]
+        part.register_forward_pre_hook(lambda *_: environment.setenv("NVTE_FUSED_ATTN", "0"))
+        try:
+            model(synthetic_batches(config, "mixed")[0].to(device()))
+        except UserError as error:
+            said = str(error)
+    destroy_process_groups()
+    return said
 
 
 @dataclass(frozen=True)

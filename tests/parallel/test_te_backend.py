@@ -90,3 +90,15 @@ def test_the_engine_answers_as_with_the_local_backend(te_pool, tmp_path, fp8):
         assert texts == expected_texts and len(set(texts)) > 1
         for score, expected in zip(scores, expected_scores, strict=True):
             assert score.token_log_likelihoods == pytest.approx(expected.token_log_likelihoods, rel=1e-4)
+
+
+@pytest.mark.parametrize(("component", "world_size"), [("tower", 1), ("decoder", 1), ("decoder", 2)])
+def test_attention_without_a_kernel_is_refused_with_the_reason(te_pool, component, world_size):
+    """Transformer Engine itself goes on silently, with products of whole matrices."""
+    config = config_of("mm1-tiny", kernel="transformer_engine", context_parallel_size=world_size)
+    for said in te_pool(world_size).run(te_jobs.without_attention_kernels, config, component=component):
+        assert said == (
+            "training.attention_kernel transformer_engine: Transformer Engine has no attention kernel for this input: "
+            "Disabling FusedAttention due to NVTE_FUSED_ATTN=0. Use training.attention_kernel torch, or see "
+            "docs/install.md on cuDNN"
+        )
