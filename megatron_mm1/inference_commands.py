@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_mm1.arguments import add_command, add_parallel_sizes, positive_int
+from megatron_mm1.arguments import add_command, add_parallel_sizes, both_spellings, positive_int
 
 
 def add_inference_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,15 +46,19 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines; otherwise printed")
     parser.add_argument(
-        "--max-new-tokens", "--max_new_tokens", type=positive_int, default=128, metavar="N", help="(%(default)s)"
+        *both_spellings("max-new-tokens"), type=positive_int, default=128, metavar="N", help="(%(default)s)"
     )
     parser.add_argument(
         "--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end before the first of these"
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token (default)")
-    parser.add_argument("--top-k", "--top_k", type=int, metavar="N", help="of the N likeliest tokens only")
+    parser.add_argument(*both_spellings("top-k"), type=int, metavar="N", help="of the N likeliest tokens only")
     parser.add_argument(
-        "--top-p", "--top_p", type=float, default=1.0, metavar="X", help="of the likeliest tokens of this probability"
+        *both_spellings("top-p"),
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="of the likeliest that have this probability",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the first line; each line has the next (%(default)s)"
@@ -82,7 +86,7 @@ def _add_caption(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_checkpoint(parser)
     parser.add_argument("--image", required=True, type=Path, nargs="+", action="extend", metavar="FILE")
     parser.add_argument(
-        "--max-new-tokens", "--max_new_tokens", type=positive_int, default=32, metavar="N", help="(%(default)s)"
+        *both_spellings("max-new-tokens"), type=positive_int, default=32, metavar="N", help="(%(default)s)"
     )
     add_parallel_sizes(parser)
 
@@ -93,6 +97,6 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--batch-size", "--batch_size", type=positive_int, default=64, metavar="N", help="at a time (%(default)s)"
+        *both_spellings("batch-size"), type=positive_int, default=64, metavar="N", help="at a time (%(default)s)"
     )
     add_parallel_sizes(parser)

@@ -284,8 +284,8 @@ class TrainingConfig:
     layer_backend: Literal["auto", "transformer_engine", "local"] = "auto"
     """auto: Transformer Engine where it works, else local."""
     attention_kernel: AttentionKernel = "torch"
-    """Attention of the Transformer Engine backend: torch's flash kernels, or what Transformer Engine finds, which is
-    cuDNN's where its version will do, flash-attn's where that is installed, and else slow matrix products."""
+    """Attention of the Transformer Engine backend: torch's flash kernels, or those that Transformer Engine finds,
+    flash-attn's where that is installed, cuDNN's where its version will do; an error where it finds none."""
     freeze: tuple[Literal["tower", "connector", "decoder"], ...] = ()
     """Parts that are not trained: without gradients and optimizer state."""
     frozen_steps: dict[str, int] = field(default_factory=dict)

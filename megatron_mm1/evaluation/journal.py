@@ -40,8 +40,8 @@ class Journal:
         """Outcomes by the digest of their chunk. A line that was being written when its process died is left out."""
         known: dict[str, Outcomes] = {}
         for file in sorted(self._folder.glob(f"{self._model}-*.jsonl")):
-            for line in file.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n") and (entry := _parsed(line)) is not None:
+            for line in file.read_bytes().splitlines():
+                if (entry := _parsed(line)) is not None:
                     known[entry["chunk"]] = tuple(_outcome(one) for one in entry["outcomes"])
         return known
 

@@ -14,7 +14,15 @@ from megatron_mm1.evaluation.items import ImageFile, Prompt
 from megatron_mm1.evaluation.plot import shots_plot
 from megatron_mm1.evaluation.published import SOURCE
 from megatron_mm1.evaluation.results import MeasuredItem, Result, by_task
-from megatron_mm1.evaluation.tables import Table, counts_table, figures_table, published_tables, refusals, verdicts
+from megatron_mm1.evaluation.tables import (
+    Table,
+    counts_table,
+    figures_table,
+    headlines_table,
+    published_tables,
+    refusals,
+    verdicts,
+)
 
 _SHOWN_SIDE = 128
 """px; pictures on the page are no larger."""
@@ -41,12 +49,18 @@ article.right { border-left-color: var(--right); } article.wrong { border-left-c
 .prompt img { height: 2.6rem; max-width: 6rem; vertical-align: middle; margin: .1rem .3rem .1rem 0; }
 .query img { height: 6rem; max-width: 12rem; } .query { border-top: 1px dashed var(--line); padding-top: .3rem; }
 ul { margin: .4rem 0; padding-left: 1.1rem; font-size: .85rem; } li { overflow-wrap: anywhere; }
+details { margin: 2rem 0; } summary { cursor: pointer; font-weight: bold; }
 li.right b { color: var(--right); } li.wrong b { color: var(--wrong); }
 </style></head><body>
 <h1>$title</h1>
 <p class="note">$description</p>
 $tables
 $tasks
+<details><summary>All figures</summary>
+$figures
+</details>
+<h2>Items</h2>
+$counts
 $refusals
 </body></html>
 """)
@@ -61,17 +75,18 @@ def page(description: Mapping[str, Any], results: Sequence[Result], *, name: str
         with_images: the model sees images.
     """
     picture = cache(_picture) if with_images else _no_picture
-    tables = [f"<h2>Figures</h2>{_table(figures_table(results))}"]
+    tables = [_table(headlines_table(results))]
     published = published_tables(results, name=name)
     if published:
         tables.append(f'<h2>Beside MM1</h2><p class="note">{html.escape(SOURCE)}</p>')
         tables += [_table(table) for table in published]
-    tables.append(f"<h2>Items</h2>{_table(counts_table(results))}")
     return _PAGE.substitute(
         title=html.escape(f"Evaluation of {name}"),
         description=html.escape(_told(description)),
         tables="\n".join(tables),
         tasks="\n".join(_task(task, of_task, picture) for task, of_task in by_task(results).items()),
+        figures=_table(figures_table(results)),
+        counts=_table(counts_table(results)),
         refusals=_refusals(results),
     )
 

@@ -38,12 +38,12 @@ class Series:
 
     def ways(self) -> tuple[FewShot, ...]:
         """Each way once, from few shots to many, a control behind what it controls."""
-        own = [replace(self.settings, shots=shots) for shots in sorted(set(self.shots))]
-        return tuple(
-            way
-            for one in own
-            for way in ((one, replace(one, permute_images=True)) if self.with_control and one.shots > 1 else (one,))
-        )
+        ways = []
+        for shots in sorted(set(self.shots)):
+            ways.append(replace(self.settings, shots=shots))
+            if self.with_control and shots > 1:
+                ways.append(replace(ways[-1], permute_images=True))
+        return tuple(ways)
 
 
 ZERO_SHOT_SERIES = Series()

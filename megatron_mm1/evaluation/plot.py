@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from megatron_mm1.evaluation.results import Result, overall
+from megatron_mm1.evaluation.results import ALL, Result
 
 _OWN, _CONTROL = "#1f6feb", "#b35900"
 
@@ -21,7 +21,7 @@ def shots_plot(results: Sequence[Result]) -> bytes:
         ("their images exchanged", _CONTROL, "s--", [one for one in results if one.is_control]),
     ):
         shots = [one.settings.shots for one in chosen]
-        intervals = [overall(one.measured)[one.headline] for one in chosen]
+        intervals = [one.figures[ALL][one.headline] for one in chosen]
         means = [one.mean for one in intervals]
         reach = [[one.mean - one.low for one in intervals], [one.high - one.mean for one in intervals]]
         if chosen:

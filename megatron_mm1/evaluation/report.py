@@ -9,7 +9,15 @@ from megatron_mm1.evaluation.contact_sheet import Panel, write_contact_sheet
 from megatron_mm1.evaluation.page import page
 from megatron_mm1.evaluation.published import SOURCE
 from megatron_mm1.evaluation.results import MeasuredItem, Result, by_task, write_results
-from megatron_mm1.evaluation.tables import counts_table, figures_table, markdown, published_tables, refusals, verdicts
+from megatron_mm1.evaluation.tables import (
+    counts_table,
+    figures_table,
+    headlines_table,
+    markdown,
+    published_tables,
+    refusals,
+    verdicts,
+)
 
 CONTACT_SHEET, MARKDOWN, PAGE = "contact_sheet.png", "report.md", "report.html"
 _PANELS_PER_TASK = 12
@@ -35,12 +43,12 @@ def write_report(
 
 
 def _markdown(results: Sequence[Result], *, name: str) -> str:
-    parts = [f"# Evaluation of {name}", markdown(figures_table(results))]
+    parts = [f"# Evaluation of {name}", markdown(headlines_table(results))]
     parts += verdicts(results)
     published = published_tables(results, name=name)
     if published:
         parts += ["## Beside MM1", SOURCE, *map(markdown, published)]
-    parts += ["## Items", markdown(counts_table(results))]
+    parts += ["## All figures", markdown(figures_table(results)), "## Items", markdown(counts_table(results))]
     lines = refusals(results)
     if lines:
         parts += ["## Not asked, or not answered", "\n".join(f"- {line}" for line in lines)]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ class Result:
     @property
     def is_control(self) -> bool:
         return self.settings.permute_images
+
+    @cached_property
+    def figures(self) -> Figures:
+        """Means over all items and over each group, with intervals: seconds of work for many items, so done once."""
+        return figures(self.measured)
 
     def values(self) -> dict[str, float]:
         """The headline of each item that has it, by key."""
@@ -181,7 +187,7 @@ def _summary(result: Result, results: Sequence[Result]) -> dict[str, Any]:
     summary = {
         "answered": len(result.measured),
         "refused": len(result.refused),
-        "figures": {group: _plain(named) for group, named in figures(result.measured).items()},
+        "figures": {group: _plain(named) for group, named in result.figures.items()},
     }
     control = control_of(result, results)
     if control is not None:

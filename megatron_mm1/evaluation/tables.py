@@ -3,13 +3,20 @@
 from collections.abc import Sequence
 
 from megatron_mm1.evaluation.published import PUBLISHED, beside_published
-from megatron_mm1.evaluation.results import ALL, Result, by_task, control_of, differences, figures, overall
+from megatron_mm1.evaluation.results import ALL, Result, by_task, control_of, differences
 from megatron_mm1.evaluation.template import prompt_text
 
 Table = list[list[str]]
 """Rows of cells; the first is the heading."""
 
 _HEADING = ["task", "shots", "group", "measure", "mean [95 % interval]", "items", "lost by exchange of images"]
+
+
+def headlines_table(results: Sequence[Result]) -> Table:
+    """`figures_table` with the headline of each task over all items only."""
+    heading, *rows = figures_table(results)
+    headlines = {(one.task, ALL, one.headline) for one in results}
+    return [heading, *(row for row in rows if (row[0], row[2], row[3]) in headlines)]
 
 
 def figures_table(results: Sequence[Result]) -> Table:
@@ -21,7 +28,7 @@ def figures_table(results: Sequence[Result]) -> Table:
             continue
         control = control_of(result, results)
         lost = differences(result, control) if control is not None else {}
-        for group, named in figures(result.measured).items():
+        for group, named in result.figures.items():
             for name, interval in named.items():
                 cells = [result.task, str(result.settings.shots), group, name, str(interval), str(interval.count)]
                 told = str(lost[name]) if group == ALL and name in lost else ""
@@ -34,7 +41,7 @@ def published_tables(results: Sequence[Result], *, name: str) -> list[Table]:
     tables = []
     own = [one for one in results if not one.is_control]
     for shots in sorted({one.settings.shots for one in own} & {one.shots for one in PUBLISHED}):
-        measured = {one.task: overall(one.measured) for one in own if one.settings.shots == shots}
+        measured = {one.task: one.figures[ALL] for one in own if one.settings.shots == shots}
         table = beside_published(measured, shots=shots, name=name)
         if len(table) > 1 and len(table[0]) > 3:  # some task of ours, and some model of theirs
             tables.append(table)

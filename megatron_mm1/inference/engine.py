@@ -117,8 +117,8 @@ def _check(config: MM1Config) -> None:
     scaled_by_history = [part for part, recipe in fp8_recipes(config.fp8).items() if recipe == "fp8_delayed"]
     if scaled_by_history:
         raise UserError(
-            f"the {' and the '.join(scaled_by_history)} multiply by fp8_delayed, whose scales remember what goes "
-            "through them: asking the model would change its training. Ask a checkpoint, or use another recipe"
+            f"the {' and the '.join(scaled_by_history)}: multiplied by fp8_delayed, whose scales remember what goes "
+            "through them, so that asking the model would change its training: ask a checkpoint, or use another recipe"
         )
 
 

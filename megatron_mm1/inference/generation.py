@@ -71,16 +71,20 @@ class Continuation:
             self.finish_reason = "end"
         else:
             self.token_ids.append(token)
-            if self._output is not None:
-                self._output.add(token)
-            if self._output is not None and self._output.stopped:
-                self.finish_reason = "stop"
-            elif len(self.token_ids) == self.request.max_new_tokens:
+            if len(self.token_ids) == self.request.max_new_tokens:
                 self.finish_reason = "length"
-        if self._output is not None and self.finish_reason is not None:
-            self._output.end()
-        if self._output is not None and self._on_text is not None:
-            text = self._output.new_text(is_final=self.finish_reason is not None)
+        if self._output is not None:
+            self._follow(self._output)
+
+    def _follow(self, output: OutputText) -> None:
+        if self.finish_reason != "end":
+            output.add(self.token_ids[-1])
+        if self.finish_reason is not None:
+            output.end()
+        if output.stopped:
+            self.finish_reason = "stop"
+        if self._on_text is not None:
+            text = output.new_text(is_final=self.finish_reason is not None)
             if text:
                 self._on_text(self.index, text)
 
@@ -88,8 +92,7 @@ class Continuation:
         """The answer, once it is finished."""
         assert self.finish_reason is not None
         text = self._tokenizer.decode(self.token_ids) if self._output is None else self._output.text
-        stopped = self._output is not None and self._output.stopped
-        return Generation(text, tuple(self.token_ids), "stop" if stopped else self.finish_reason)
+        return Generation(text, tuple(self.token_ids), self.finish_reason)
 
 
 class Generator:

@@ -51,7 +51,7 @@ def open_engine(
 
     Args:
         checkpoint: a checkpoint, or a folder of them (the newest is taken).
-        batch_size, images_together: the engine's.
+        batch_size, images_together: see `Engine`.
 
     Raises:
         UserError: the checkpoint, its tokenizer or the layout cannot be used.
@@ -109,5 +109,6 @@ def inference_config(saved: MM1Config, *, sizes: ParallelSizes, world_size: int)
         overlap_grad_reduce=False,
     )
     # Validation wants a global batch that the processes divide.
-    training = replace(saved.training, global_batch_size=saved.training.micro_batch_size * world_size, freeze=())
+    batch = saved.training.micro_batch_size * world_size
+    training = replace(saved.training, global_batch_size=batch, batch_size_ramp=(), freeze=(), frozen_steps={})
     return replace(saved, parallel=parallel, training=training, fp8=Fp8Config())

@@ -80,32 +80,17 @@ def run_stage(model: MM1Model, run: Pass, *, received: Tensor | None, image_toke
         On the last stage the logits [n, vocabulary / tensor-parallel size] of the wanted positions, this rank's part of
         the vocabulary, float32; on others hidden states, of the shape `hidden_shape` says.
     """
-    config, tp = model.config, model.pg_collection.tp
-    hidden_states, kinds = received, None
-    if model.pre_process:
-        hidden_states = _embed(model, run, image_tokens)
-        if config.sequence_parallel:
-            hidden_states = scatter_to_sequence_parallel_region(hidden_states, group=tp)
+    hidden_states = _embed(model, run, image_tokens) if model.pre_process else received
     assert hidden_states is not None
-    if config.num_moe_experts:
-        kinds = torch.full((1, len(run.tokens)), TEXT, dtype=torch.int8, device=run.tokens.device)
-        kinds[:, run.num_positions :] = PADDING
-        if config.sequence_parallel:
-            kinds = kinds.chunk(tp.size(), dim=1)[tp.rank()]
+    config, kinds = model.config, _kinds(model, run)
     rotation = _rotation(model, run.positions, hidden_states.dtype)
-    decoder = model.language_model.decoder
-    for layer in decoder.layers:
+    for layer in model.language_model.decoder.layers:
         with multiplying(config, layer=layer.layer_number - 1) if config.fp8 else nullcontext():
             if isinstance(layer.mlp, IdentityOp):
                 hidden_states = hidden_states + _attend(layer, hidden_states, run.attention, rotation)
             else:
                 hidden_states = hidden_states + _feed_forward(layer, hidden_states, kinds)
-    if not model.post_process:
-        return hidden_states
-    hidden_states = decoder.final_norm(hidden_states)
-    if config.sequence_parallel:
-        hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=tp)
-    return torch.nn.functional.linear(hidden_states[run.wanted, 0], _output_weight(model)).float()
+    return _logits(model, run, hidden_states) if model.post_process else hidden_states
 
 
 def _attend(
@@ -133,13 +118,34 @@ def hidden_shape(model: MM1Model, run: Pass) -> tuple[int, int, int]:
 
 
 def _embed(model: MM1Model, run: Pass, image_tokens: Tensor | None) -> Tensor:
-    """[T, 1, H]"""
+    """[T, 1, H], or this rank's part under sequence parallelism."""
     embeddings = model.language_model.embedding(input_ids=run.tokens[None], position_ids=run.positions[None])
-    if run.slots is None:
-        return embeddings
-    assert image_tokens is not None
-    features = image_tokens.flatten(0, 1).unsqueeze(1)
-    return embeddings.index_copy(0, run.slots.flatten(), features.to(embeddings.dtype))
+    if run.slots is not None:
+        assert image_tokens is not None
+        features = image_tokens.flatten(0, 1).unsqueeze(1)
+        embeddings = embeddings.index_copy(0, run.slots.flatten(), features.to(embeddings.dtype))
+    if model.config.sequence_parallel:
+        embeddings = scatter_to_sequence_parallel_region(embeddings, group=model.pg_collection.tp)
+    return embeddings
+
+
+def _kinds(model: MM1Model, run: Pass) -> Tensor | None:
+    """[1, T] int8, or this rank's part, of what experts are told of positions; None where there are no experts."""
+    if not model.config.num_moe_experts:
+        return None
+    kinds = torch.full((1, len(run.tokens)), TEXT, dtype=torch.int8, device=run.tokens.device)
+    kinds[:, run.num_positions :] = PADDING
+    tp = model.pg_collection.tp
+    return kinds.chunk(tp.size(), dim=1)[tp.rank()] if model.config.sequence_parallel else kinds
+
+
+def _logits(model: MM1Model, run: Pass, hidden_states: Tensor) -> Tensor:
+    hidden_states = model.language_model.decoder.final_norm(hidden_states)
+    if model.config.sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=model.pg_collection.tp
+        )
+    return torch.nn.functional.linear(hidden_states[run.wanted, 0], _output_weight(model)).float()
 
 
 def _rotation(model: MM1Model, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

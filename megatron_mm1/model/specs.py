@@ -85,9 +85,9 @@ def _modules(backend: str, *, context_parallel: bool, attention_kernel: Attentio
 
     core_attention: type = PackedAttention
     if attention_kernel == "transformer_engine":
-        from megatron_mm1.model.te_attention import ContextParallelAttention
+        from megatron_mm1.model.te_attention import ContextParallelAttention, KernelAttention
 
-        core_attention = ContextParallelAttention if context_parallel else te.TEDotProductAttention
+        core_attention = ContextParallelAttention if context_parallel else KernelAttention
     return _Modules(
         stack=HybridStack,
         norm=te.TENorm,

@@ -132,7 +132,11 @@ def vision_layer_spec(backend: str, *, attention_kernel: AttentionKernel = "torc
 
         norm, fused_norm_names = IdentityOp, {}
         column, row = te.TELayerNormColumnParallelLinear, te.TERowParallelLinear
-        attention = te.TEDotProductAttention if attention_kernel == "transformer_engine" else PackedAttention
+        attention = PackedAttention
+        if attention_kernel == "transformer_engine":
+            from megatron_mm1.model.te_attention import KernelAttention
+
+            attention = KernelAttention
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -34,6 +34,8 @@ AuthType=auth/munge
 # A job that is requeued waits until its old credential has expired.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+# Clusters on one computer share its ports, and jobs choose theirs by their number.
+FirstJobId={controller_port}
 StateSaveLocation={folder}/controller
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid

@@ -170,6 +170,49 @@ def test_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls.namespace == {"checkpoint": Path("c"), "image": images, "max_new_tokens": 5, **NO_SIZES}
 
 
+def test_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.inference.ask", "generate_main")
+    calls.result = 0
+    options = [
+        "--image",
+        "a.png",
+        "b.png",
+        "--prompt",
+        "x",
+        "--stop",
+        ".",
+        ";",
+        "--top_k",
+        "5",
+        "--max-new-tokens",
+        "7",
+    ]
+    assert main(["generate", "--checkpoint", "c", *options]) == 0
+    assert calls.namespace == {
+        "checkpoint": Path("c"),
+        "prompt": "x",
+        "input": None,
+        "image": [Path("a.png"), Path("b.png")],
+        "output": None,
+        "max_new_tokens": 7,
+        "stop": [".", ";"],
+        "temperature": 0.0,
+        "top_k": 5,
+        "top_p": 1.0,
+        "seed": 0,
+        "batch_size": 64,
+        **NO_SIZES,
+    }
+
+
+def test_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.inference.ask", "score_main")
+    calls.result = 0
+    assert main(["score", "--checkpoint", "c", "--input", "i.jsonl", "--output", "o.jsonl", "--batch-size", "3"]) == 0
+    files = {"checkpoint": Path("c"), "input": Path("i.jsonl"), "output": Path("o.jsonl")}
+    assert calls.namespace == {**files, "batch_size": 3, **NO_SIZES}
+
+
 def test_config_presets_lists_the_papers_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "presets"]) == 0
     assert "mm1-30b" in capsys.readouterr().out

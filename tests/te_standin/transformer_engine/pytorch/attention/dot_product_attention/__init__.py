@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from transformer_engine._release import released
+from transformer_engine.pytorch.attention.dot_product_attention.utils import _attention_backends, choose_backend
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
 _PATH = "pytorch/attention/dot_product_attention/dot_product_attention.py"
+__all__ = ["DotProductAttention", "_attention_backends"]
+
 _MASKS = ("no_mask", "padding", "causal", "padding_causal", "causal_bottom_right", "padding_causal_bottom_right")
 
 
@@ -68,6 +71,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         assert key.shape[-2] == self.num_gqa_groups_per_partition, (
             f"Keys and values must have num_gqa_group = {self.num_gqa_groups_per_partition} heads!"
         )
+        choose_backend()
         match arguments.qkv_format or self.qkv_format:
             case "thd":
                 return self._packed(query, key, value, mask, arguments)
