@@ -32,6 +32,7 @@ class FaultyRun(trainer.Run):
         fault = self.faults.get(self.progress.global_batch)
         if fault == "absent":
             window.steps, window.seconds = window.steps + 1, 1.0
+            window.batch_size = window.sequences = self.config.training.global_batch_size
             return self._no_step()
         if fault == "weights":  # broken by this step, once, in one place of one rank
             statistics = super().step(window, **options)
@@ -44,7 +45,7 @@ class FaultyRun(trainer.Run):
 
     def _no_step(self) -> StepStatistics:
         """The batch is gone and the schedule has moved on; nothing was computed."""
-        for _ in range(self.num_microbatches):
+        for _ in range(self._num_microbatches(self.config.training.global_batch_size)):
             next(self.batches)
         self.progress.scheduler.step(increment=self.config.training.global_batch_size)
         self.progress.advance()
