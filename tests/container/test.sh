@@ -12,7 +12,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 
 traces() { # what container engines leave on a machine, and what runs or is mounted for this folder
   find /etc/cni /run/{buildah,containers,crun,libpod,netns,runc} /var/lib/{cni,containers} /var/tmp/buildah* \
-    -printf '%p %T@\n' 2>/dev/null | sort
+    2>/dev/null | sort || true
   awk -v state="$STATE/" 'index($2, state) == 1 { print "mounted: " $2 }' /proc/mounts
   grep -lz "^CONTAINER_APART=$STATE\$" /proc/[0-9]*/environ 2>/dev/null | sed 's/^/process: /' || true
   git status --porcelain 2>/dev/null || true
