@@ -12,7 +12,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 
 traces() { # what container engines leave on a machine, and what runs or is mounted for this folder
   find /etc/cni /run/{buildah,containers,crun,libpod,netns,runc} /var/lib/{cni,containers} /var/tmp/buildah* \
-    -printf '%p %T@\n' 2>/dev/null | sort
+    2>/dev/null | sort || true
   awk -v state="$STATE/" 'index($2, state) == 1 { print "mounted: " $2 }' /proc/mounts
   grep -lz "^CONTAINER_APART=$STATE\$" /proc/[0-9]*/environ 2>/dev/null | sed 's/^/process: /' || true
   git status --porcelain 2>/dev/null || true
@@ -55,7 +55,7 @@ check "what only tests need is not in the runtime image" inside -- python -c \
 check "certificates and pip settings of this machine are not in the image" inside -- bash -c \
   '[[ ! -s /etc/pip.conf ]] && find /usr/share/ca-certificates -name "*.crt" -exec cat {} + | sort -u |
    cmp - <(sort -u /etc/ssl/certs/ca-certificates.crt)'
-check "mm1 doctor finds it fit to train" inside -- mm1 doctor --for train --run-dir /tmp/runs
+check "mm1 doctor finds it fit to train" inside -- mm1 doctor --for train --run-dir /tmp/runs --timeout 300
 check "parallel tests of two processes pass" inside --stage test --env OMP_NUM_THREADS=1 -- \
   pytest -q -p no:cacheprovider tests/parallel/test_gloo.py tests/parallel/test_vision_tp.py
 

@@ -337,8 +337,9 @@ def test_the_command_from_outside(tmp_path: Path) -> None:
     """One whole look at this machine, which can train: everything but the corpus is there."""
     from importlib.metadata import version
 
-    command = [sys.executable, "-m", "megatron_mm1", "doctor", "--json", "--corpus", str(tmp_path), "--run-dir", "runs"]
-    result = subprocess.run([*command, "--for", "train"], capture_output=True, text=True, timeout=250)
+    options = ["--for", "train", "--corpus", str(tmp_path), "--run-dir", "runs", "--timeout", "200"]
+    command = [sys.executable, "-m", "megatron_mm1", "doctor", "--json", *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250)
     content = json.loads(result.stdout)
     assert (result.returncode, content["verdict"]["reasons"]) == (0, [])
     found = {finding["name"]: finding["found"] for finding in content["findings"]}
