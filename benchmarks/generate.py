@@ -53,6 +53,8 @@ from megatron_mm1.parallel.groups import build_process_groups, initialize_proces
 from megatron_mm1.training.build import build_module, unwrap
 
 BATCH_SIZES = (1, 8, 32)
+SMALL_BATCHES = 5
+"""Rounds of single prompts for each of the others: they take as much less time, and scatter as much more."""
 PIECES = 8000
 WORDS = (8, 40)
 """Of a prompt: drawn between these."""
@@ -62,7 +64,13 @@ IMAGE_SIDE = 160
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time batched generation against transformers' generate.")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="pairs timed per batch size (%(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        metavar="N",
+        help=f"pairs timed, of single prompts {SMALL_BATCHES} times as many (%(default)s)",
+    )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="per prompt (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of both (%(default)s)")
     args = parser.parse_args(argv)
@@ -77,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         export(config, ours.model, ours.groups, folder / "exported")
         theirs = Theirs(folder / "exported", args.new_tokens)
         batches = [Batch.of(size, words, seed=size) for size in BATCH_SIZES]
-        pairs = [take_turns(ours, theirs, batch, args.rounds) for batch in batches]
+        pairs = [
+            take_turns(ours, theirs, batch, args.rounds * (SMALL_BATCHES if size == 1 else 1))
+            for size, batch in zip(BATCH_SIZES, batches, strict=True)
+        ]
     return judge(config, ours, batches, pairs, args)
 
 
