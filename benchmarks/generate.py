@@ -204,8 +204,16 @@ def export(config: MM1Config, model: torch.nn.Module, groups, folder: Path) -> N
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def take_turns(ours: Ours, theirs: Theirs, batch: Batch, rounds: int) -> list[tuple[float, float]]:
-    """(our seconds, theirs) of each round, after one of each that is not counted; both give the same tokens."""
+@dataclass(frozen=True)
+class Pair:
+    """Neighbours: (wall clock, CPU) seconds of each."""
+
+    ours: tuple[float, float]
+    theirs: tuple[float, float]
+
+
+def take_turns(ours: Ours, theirs: Theirs, batch: Batch, rounds: int) -> list[Pair]:
+    """After one of each that is not counted; both give the same tokens."""
     expected, found = theirs(batch), ours(batch)
     if found != expected:
         raise ValueError(f"batch of {len(batch.texts)}: the two models give different tokens: {found} and {expected}")
@@ -214,10 +222,10 @@ def take_turns(ours: Ours, theirs: Theirs, batch: Batch, rounds: int) -> list[tu
         seconds = {}
         calls = [("ours", lambda: ours(batch)), ("theirs", lambda: theirs(batch))]
         for side, call in calls if number % 2 == 0 else reversed(calls):
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             call()
-            seconds[side] = time.perf_counter() - started
-        pairs.append((seconds["ours"], seconds["theirs"]))
+            seconds[side] = time.perf_counter() - started[0], time.process_time() - started[1]
+        pairs.append(Pair(**seconds))
     return pairs
 
 
@@ -225,7 +233,7 @@ def judge(
     config: MM1Config,
     ours: Ours,
     batches: Sequence[Batch],
-    pairs: Sequence[list[tuple[float, float]]],
+    pairs: Sequence[list[Pair]],
     args: argparse.Namespace,
 ) -> int:
     """Print what was run and what came out; the exit code."""
@@ -245,11 +253,12 @@ def judge(
     for batch, times in zip(batches, pairs, strict=True):
         size = len(batch.texts)
         lengths = [1 + each + len(ours.tokenizer.encode(text)) for text in batch.texts]
-        own, other = (statistics.median(side) for side in zip(*times, strict=True))
-        ratios = sorted(theirs / mine for mine, theirs in times)
+        own, other = (statistics.median(side) for side in zip(*((p.ours[0], p.theirs[0]) for p in times), strict=True))
+        ratios = sorted(pair.theirs[0] / pair.ours[0] for pair in times)
+        cpu = statistics.median(pair.theirs[1] / pair.ours[1] for pair in times)
         settings[f"batch of {size}"] = (
             f"prompts of {min(lengths)} to {max(lengths)} positions; ours {own:.2f} s, theirs {other:.2f} s (medians); "
-            f"ratios {' '.join(f'{ratio:.2f}' for ratio in ratios)}"
+            f"ratios {' '.join(f'{ratio:.2f}' for ratio in ratios)}; of CPU seconds {cpu:.2f}"
         )
         goals.append(Goal(f"speed_batch_{size}", statistics.median(ratios), "x_transformers", ">", 1.0))
     return report(settings, goals)
