@@ -13,7 +13,7 @@ from megatron_mm1.evaluation.plan import Condition, Series, plan
 from megatron_mm1.evaluation.results import overall
 from megatron_mm1.evaluation.runner import copies_of, run
 from megatron_mm1.evaluation.task import build_task
-from megatron_mm1.inference.engine import Engine
+from megatron_mm1.inference.engine import Engine, check_askable
 from megatron_mm1.training.build import Model
 
 
@@ -55,8 +55,9 @@ def live_evaluation(config: MM1Config) -> TaskEvaluation:
     """What `config.evaluation` asks for; its data is read here, before training begins.
 
     Raises:
-        UserError: a task or its data cannot be used.
+        UserError: a task or its data cannot be used, or the model cannot be asked while it is trained.
     """
+    check_askable(config)
     settings = config.evaluation
     tasks = {
         name: build_task(name, Path(settings.data[name]) if name in settings.data else None) for name in settings.tasks

@@ -50,7 +50,7 @@ class Engine:
         image_cache_bytes: int = 4 * 2**30,
         images_together: int | None = None,
     ) -> None:
-        _check(config)
+        check_askable(config)
         self.config, self.tokenizer, self.pg_collection = config, tokenizer, pg_collection
         self.replica = Replica([model] if isinstance(model, torch.nn.Module) else model, pg_collection)
         self.features = ImageFeatures(config, self.replica, capacity_bytes=image_cache_bytes, together=images_together)
@@ -108,17 +108,24 @@ class Engine:
         return Failure(f"image {numbers[0]} of the prompt cannot be decoded")
 
 
-def _check(config: MM1Config) -> None:
+def check_askable(config: MM1Config) -> None:
+    """Raises UserError if a model of this configuration cannot be run on prompts, whatever its weights."""
     if config.data.image_tiling != "none" and not config.data.text_only:
         raise UserError(
             f"this model was trained with data.image_tiling {config.data.image_tiling}: inference takes whole images "
             "only and cannot run it"
         )
-    scaled_by_history = [part for part, recipe in fp8_recipes(config.fp8).items() if recipe == "fp8_delayed"]
+    recipes = fp8_recipes(config.fp8)
+    scaled_by_history = [part for part, recipe in recipes.items() if recipe == "fp8_delayed"]
     if scaled_by_history:
         raise UserError(
             f"the {' and the '.join(scaled_by_history)}: multiplied by fp8_delayed, whose scales remember what goes "
             "through them, so that asking the model would change its training: ask a checkpoint, or use another recipe"
+        )
+    if config.model.moe is not None and recipes["experts"] != "bf16":
+        raise UserError(
+            f"experts in {recipes['experts']} cannot be asked while they are trained: ask a checkpoint, which runs in "
+            "bf16, or set fp8.experts_recipe bf16"
         )
 
 

@@ -13,6 +13,7 @@ from megatron_mm1.config import (
     Fp8Config,
     MM1Config,
     ModelConfig,
+    MoEConfig,
     OptimizerConfig,
     TrainingConfig,
     VisionConfig,
@@ -31,6 +32,7 @@ from megatron_mm1.inference.requests import (
 )
 from megatron_mm1.training.build import build_module
 from tests.corpora import encoded, small_tokenizer
+from tests.parallel.generation_jobs import batch_of
 
 A, B, C = (Image(encoded(seed=seed)) for seed in range(3))
 PROMPTS = [
@@ -97,6 +99,33 @@ def requests(*, new_tokens: int = 12) -> list[GenerationRequest]:
         GenerationRequest(prompt=prompt, max_new_tokens=1 + (7 * n) % new_tokens, sampling=sampling)
         for n, (prompt, sampling) in enumerate((p, s) for p in PROMPTS for s in SAMPLINGS)
     ]
+
+
+def test_answers_are_those_of_the_whole_model_run_anew_for_each_token(engine, config, model, tokenizer):
+    """Prompts together, two of them alike; the reference is the pass of training, without a cache."""
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[4], PROMPTS[2]]
+    texts = [" square", "and blue", "a", "with the circle", "is"]
+
+    def log_probabilities(prompt, behind):
+        with torch.no_grad():
+            return model.eval()(batch_of(config, tokenizer, prompt, behind), return_logits=True)[0].log_softmax(dim=-1)
+
+    expected, expected_scores = [], []
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids: list[int] = []
+        for _ in range(6):
+            last = log_probabilities(prompt, ids)[-1, : tokenizer.vocab_size]
+            last[[tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id]] = -torch.inf
+            ids.append(int(last.argmax()))
+        expected.append(tuple(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids))
+        target = [*tokenizer.encode(text), tokenizer.eos_id]
+        rows = log_probabilities(prompt, target)[-len(target) - 1 : -1]
+        expected_scores.append(rows[torch.arange(len(target)), target].tolist())
+    asked = [GenerationRequest(prompt=prompt, max_new_tokens=6) for prompt in prompts]
+    assert [answer.token_ids for answer in engine().generate(asked)] == expected
+    scored = [ScoringRequest(prompt=prompt, continuation=text) for prompt, text in zip(prompts, texts, strict=True)]
+    for score, values in zip(engine().score(scored), expected_scores, strict=True):
+        assert score.token_log_likelihoods == pytest.approx(values, abs=1e-5)
 
 
 @pytest.mark.parametrize("options", [dict(batch_size=3), dict(batch_size=64), dict(batch_size=5, max_positions=40)])
@@ -220,6 +249,14 @@ def test_modules_are_in_the_mode_they_were_in(engine, model):
         (
             lambda config: replace(config, fp8=Fp8Config(tower_recipe="fp8_delayed")),
             "the tower: multiplied by fp8_delayed",
+        ),
+        (
+            lambda config: replace(
+                config,
+                model=replace(config.model, moe=MoEConfig(num_moe_experts=2, moe_layer_freq=1)),
+                fp8=Fp8Config(experts_recipe="fp8_blockwise"),
+            ),
+            "experts in fp8_blockwise cannot be asked while they are trained",
         ),
     ],
 )

@@ -110,7 +110,7 @@ def run_slowly(
 
         def log_probabilities(prompt: Prompt, behind: list[int]) -> torch.Tensor:
             """[S, vocabulary] after each position of the prompt and the tokens behind it."""
-            return model(_batch(config, tokenizer, prompt, behind), return_logits=True)[0].log_softmax(dim=-1)
+            return model(batch_of(config, tokenizer, prompt, behind), return_logits=True)[0].log_softmax(dim=-1)
 
         generated, scores = [], []
         for prompt, continuation in zip(prompts, continuations, strict=True):
@@ -131,7 +131,8 @@ def run_slowly(
         destroy_process_groups()
 
 
-def _batch(config: MM1Config, tokenizer: Tokenizer, prompt: Prompt, behind: list[int]) -> PackedBatch:
+def batch_of(config: MM1Config, tokenizer: Tokenizer, prompt: Prompt, behind: list[int]) -> PackedBatch:
+    """A prompt and the tokens behind it, as the model sees them in training."""
     per_image, size = config.model.connector.tokens_per_image, config.model.vision.image_size
     tokens, images, slots = [tokenizer.bos_id], [], []
     for part in prompt:

@@ -45,11 +45,12 @@ SAMPLINGS = [
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 def test_numbers_spread_evenly_give_transformers_distribution(whole, sampling):
-    """u from 0 to 1 in equal steps visits each token in proportion to its probability."""
+    """u from 0 to 1 in equal steps visits each token in proportion to its probability; another row wants more."""
     steps = 4000
     one = logits(1)[0]
     uniforms = [(number + 0.5) / steps for number in range(steps)]
-    chosen = choose_tokens(one.expand(steps, -1), [sampling] * steps, uniforms, part=whole)
+    other = Sampling(temperature=1.0, top_k=100, top_p=0.999)
+    chosen = choose_tokens(one.expand(steps + 1, -1), [*[sampling] * steps, other], [*uniforms, 0.5], part=whole)[:-1]
     expected = probabilities(one, sampling)
     counts = Counter(chosen.tolist())
     found = torch.tensor([counts[token] / steps for token in range(VOCABULARY)], dtype=torch.float64)
