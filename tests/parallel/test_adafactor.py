@@ -14,7 +14,7 @@ from megatron_mm1.checkpoint.format import CheckpointMetadata
 from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.parity.harness import parity_config
-from megatron_mm1.parity.jobs import itself, main_grad
+from megatron_mm1.parity.jobs import main_grad
 from megatron_mm1.parity.shards import norms_of, relative_errors, shards, squared_errors, whole_tensors
 from megatron_mm1.training.build import named_parameters
 from megatron_mm1.training.checkpointing import training_state
@@ -36,6 +36,8 @@ LAYOUTS = {
     "mm1-tiny: PP2 VPP2": (2, {PP: 2, "virtual_pipeline_model_parallel_size": 2}),
     "mm1-tiny: DP2": (2, {}),
     "mm1-tiny: CP2": (2, {"context_parallel_size": 2}),
+    "mm1-tiny: one process, bf16": (1, {}),
+    "mm1-tiny: TP2+SP, bf16": (2, {TP: 2, "sequence_parallel": True}),
     "mm1-tiny-moe: one process": (1, {}),
     "mm1-tiny-moe: EP2": (2, {EP: 2}),
     "mm1-tiny-moe: TP2+SP EP2": (2, {TP: 2, "sequence_parallel": True, EP: 2}),
@@ -45,6 +47,7 @@ JOURNEYS = [
     ("mm1-tiny: TP2+SP", "mm1-tiny: one process"),
     ("mm1-tiny: one process", "mm1-tiny: PP2"),
     ("mm1-tiny: DP2", "mm1-tiny: TP2+SP"),
+    ("mm1-tiny: TP2+SP, bf16", "mm1-tiny: one process, bf16"),
     ("mm1-tiny-moe: TP2+SP ETP2", "mm1-tiny-moe: EP2"),
 ]
 
@@ -52,6 +55,7 @@ JOURNEYS = [
 def config_of(layout: str):
     options = ["--optimizer", "adafactor", "--lr", str(LR), "--weight_decay", str(DECAY), "--clip_grad", str(CLIP)]
     options += ["--lr_warmup_iters", "1", "--train_iters", "8", "--global_batch_size", "8"]
+    options += ["--precision", "bf16" if "bf16" in layout else "fp32"]
     return with_parallel(parity_config(["--preset", layout.split(":")[0], *SMALL, *options]), **LAYOUTS[layout][1])
 
 
@@ -69,6 +73,11 @@ def fill(run: Run, value_of, *, seed: int) -> None:
         shard.data.copy_(shard.of(random_tensor(shard.name, shard.shape, seed=seed)))
 
 
+def master(parameter):
+    """The float32 weights that are updated; a bf16 model has a copy of its own."""
+    return getattr(parameter, "main_param", parameter)
+
+
 def steps(run: Run, numbers) -> None:
     for number in numbers:
         run.scheduler.step(8)
@@ -77,7 +86,7 @@ def steps(run: Run, numbers) -> None:
 
 
 def weights(run: Run):
-    return shards(run.model, itself, pg_collection=run.groups)
+    return shards(run.model, master, pg_collection=run.groups)
 
 
 def reference(config, folder: Path) -> None:
@@ -85,7 +94,7 @@ def reference(config, folder: Path) -> None:
     from transformers import Adafactor
 
     run = Run(config)
-    fill(run, itself, seed=-1)
+    fill(run, master, seed=-1)
     torch.save(whole_tensors(weights(run)), folder / "before.pt")
     parameters = [parameter for _, parameter in named_parameters(run.model)]
     optimizer = Adafactor(
@@ -113,7 +122,7 @@ def reference(config, folder: Path) -> None:
 def train(config, folder: Path):
     """On each rank: all steps, against the reference."""
     run = Run(config)
-    fill(run, itself, seed=-1)
+    fill(run, master, seed=-1)
     steps(run, range(STEPS))
     errors = squared_errors(weights(run), torch.load(folder / "after.pt"))
     run.close()
@@ -123,7 +132,7 @@ def train(config, folder: Path):
 def train_and_save(config, folder: Path) -> Path:
     """On each rank: half of the steps."""
     run = Run(config)
-    fill(run, itself, seed=-1)
+    fill(run, master, seed=-1)
     steps(run, range(STEPS // 2))
     metadata = CheckpointMetadata(
         iteration=STEPS // 2,
@@ -143,7 +152,7 @@ def train_and_save(config, folder: Path) -> Path:
 def resume_and_train(config, checkpoint: Path, folder: Path):
     """On each rank: the other half, over other weights so that gaps show."""
     run = Run(config)
-    fill(run, itself, seed=-2)
+    fill(run, master, seed=-2)
     run.load(checkpoint)
     steps(run, range(STEPS // 2, STEPS))
     errors = squared_errors(weights(run), torch.load(folder / "after.pt"))

@@ -86,6 +86,7 @@ CONVERSATIONS = {
     "system and turns": conversation("Hello", "Hi.", "And?", "\n\nSo on, café ☃.", system="Be brief. "),
     "images": conversation("<image>\nWhat is it?", "A.", "and <image> or <image>?", "B.", image=["a.png"] * 3),
     "white space": conversation("  a \n", " \n b \n "),
+    "a token of question and answer": conversation("a squ", "are is big"),
     "an image at both ends": conversation("<image>", "x", "y<image>", "z", image=["a.png", "a.png"]),
 }
 
@@ -242,9 +243,9 @@ def test_the_template_is_found_beside_the_tokenizer(tmp_path: Path, folder: Path
 def test_a_trained_token_needs_one_character_of_a_span(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = "a big square"
     ids, offsets = tokenizer.encode_with_offsets(text)
-    document = Document((Text(text, trained=False, spans=((3, 6),)),), "x", complete=True)
+    document = Document((Text(text, trained=False, spans=((5, 7),)),), "x", complete=True)
     prepare([document], tokenizer=tokenizer, output=tmp_path / "prepared")
     piece = IndexedSource(tmp_path / "prepared", tokenizer_fingerprint=None).piece(0)
     assert piece.tokens.tolist() == ids
-    assert piece.trained.tolist() == [bool(set(range(start, stop)) & {3, 4, 5}) for start, stop in offsets]
+    assert piece.trained.tolist() == [bool(set(range(start, stop)) & {5, 6}) for start, stop in offsets]
     assert isinstance(piece.trained, np.ndarray) and piece.trained.any() and not piece.trained.all()
