@@ -99,6 +99,7 @@ class Run:
         self.model = build_model(config, backend=backend, pg_collection=groups)
         self.optimizer, self.scheduler = build_optimizer(config, self.model, pg_collection=groups)
         self.missing: tuple[str, ...] = ()
+        self.without_scales: tuple[str, ...] = ()
         self.goes_on_with_other_data = False
         if start is not None:
             self._load(start)
@@ -119,6 +120,9 @@ class Run:
             self.logger.say(f" starting from {start.checkpoint}")
             if self.missing:
                 self.logger.say(f" not in it, and so drawn anew: {', '.join(self.missing)}")
+            if self.without_scales:
+                parts = ", ".join(self.without_scales)
+                self.logger.say(f" without FP8 scales of: {parts}; their histories of largest values start empty")
             if self.goes_on_with_other_data:
                 self.logger.say(f" on another data plan than it was trained on, from sequence {self.consumed:,}")
         checkpoints = config.checkpoint
@@ -146,7 +150,7 @@ class Run:
                 "--checkpoint.accept_other_data true, or start anew from its weights with --checkpoint.finetune true"
             )
         self.goes_on_with_other_data = not same_data
-        load_checkpoint(
+        self.without_scales = load_checkpoint(
             start.checkpoint, self.config, self.model, self.optimizer, self.scheduler, pg_collection=self.groups
         )
         self.iteration, self.consumed = start.metadata.iteration, start.metadata.consumed_sequences
