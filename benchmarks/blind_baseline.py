@@ -24,7 +24,7 @@ from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.serialization import to_dict, to_yaml
 from megatron_mm1.errors import UserError
-from megatron_mm1.evaluation.report import ALL, Figures, read_figures
+from megatron_mm1.evaluation.results import ALL, Figures, read_figures
 
 CAPTIONS, QUESTIONS = "demo_captions", "demo_questions"
 RESULTS = "blind_baseline.json"

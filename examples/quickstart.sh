@@ -23,4 +23,5 @@ torchrun --standalone --nproc-per-node 2 -m megatron_mm1 eval --checkpoint "$run
 echo "checkpoint:      $run/checkpoints/$(cat "$run/checkpoints/latest")"
 echo "logs:            $run/log.jsonl, tensorboard --logdir $run/tensorboard"
 echo "results:         $run/eval/results.json"
+echo "report:          $run/eval/report.html"
 echo "contact sheet:   $run/eval/contact_sheet.png"

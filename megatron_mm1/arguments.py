@@ -20,10 +20,32 @@ def add_command(
     return parser
 
 
+def add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
+    """The layout that a checkpoint is run in."""
+    for dimension in ("tensor", "pipeline", "expert"):
+        parser.add_argument(
+            *both_spellings(f"{dimension}-model-parallel-size"),
+            type=positive_int,
+            metavar="N",
+            help="instead of the checkpoint's",
+        )
+
+
 def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a positive whole number")
+    return int(text)
+
+
+def both_spellings(option: str) -> tuple[str, str]:
+    """ "--an-option" and "--an_option", as the configuration's keys are spelled."""
+    return f"--{option}", f"--{option.replace('-', '_')}"
 
 
 def share(text: str) -> float:

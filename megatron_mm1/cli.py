@@ -9,14 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import megatron_mm1
-from megatron_mm1.arguments import FAILED, add_command, positive_int
+from megatron_mm1.arguments import FAILED, add_command, positive_int, share
 from megatron_mm1.checkpoint.commands import convert
 from megatron_mm1.data.commands import add_data_commands, data_inspect
 from megatron_mm1.errors import ConfigError, UserError
+from megatron_mm1.evaluation_commands import add_evaluation_commands
+from megatron_mm1.inference_commands import add_inference_commands
 from megatron_mm1.planning.commands import add_plan_commands, plan_fp8
 
 USER_ERROR = 2
 INTERRUPTED = 130
+ENDED_BY_SIGNAL = 75
+"""Exit code of a training that a signal ended early, with a checkpoint: start it again (sysexits' EX_TEMPFAIL)."""
 GRACE_SECONDS = 10
 """How long the other ranks leave the report of an error to rank 0."""
 
@@ -38,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     # The configuration owns the options of `train`, which argparse's subcommands could not pass on as they are.
     if argv[:1] == ["train"]:
-        train(argv[1:])
-        return 0
+        return train(argv[1:])
     if argv[:1] == ["parity"]:
         return parity(argv[1:])
     if argv[:2] == ["bench", "step"]:
@@ -56,13 +59,18 @@ def _run(argv: list[str]) -> int:
     return args.command(args) or 0
 
 
-def train(argv: Sequence[str]) -> None:
+def train(argv: Sequence[str]) -> int:
     from megatron_mm1.config.loading import load_config
 
     config = load_config(argv)
+    evaluation = None
+    if config.evaluation.interval:
+        from megatron_mm1.evaluation.in_training import live_evaluation
+
+        evaluation = live_evaluation(config)
     from megatron_mm1.training.trainer import train
 
-    train(config)
+    return 0 if train(config, evaluation=evaluation) else ENDED_BY_SIGNAL
 
 
 def parity(argv: Sequence[str]) -> int:
@@ -79,22 +87,22 @@ def bench_step(argv: Sequence[str]) -> None:
     bench_step_main(args, config_arguments)
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    from megatron_mm1.evaluation.runner import evaluate_main
+def health(args: argparse.Namespace) -> int:
+    from megatron_mm1.parallel.health import health_main
 
-    evaluate_main(args)
-
-
-def caption(args: argparse.Namespace) -> None:
-    from megatron_mm1.inference.caption import caption_main
-
-    caption_main(args)
+    return 0 if health_main(least_share=args.least_share) else FAILED
 
 
 def config_presets(args: argparse.Namespace) -> None:
     from megatron_mm1.planning.report import presets_table
 
     print(presets_table())
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from megatron_mm1.doctor.report import doctor_main
+
+    return doctor_main(args)
 
 
 def print_version(args: argparse.Namespace) -> None:
@@ -115,9 +123,19 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="prepare training data").add_subparsers(required=True, metavar="COMMAND")
     add_data_commands(data)
 
-    _add_eval(commands)
-    _add_caption(commands)
+    add_evaluation_commands(commands)
+    add_inference_commands(commands)
     commands.add_parser("convert", help="import, export and change checkpoints (mm1 convert --help)")
+
+    checkup = add_command(commands, "health", health, "measure every node of a job, and name those that are unfit")
+    checkup.add_argument(
+        "--least-share",
+        "--least_share",
+        type=share,
+        default=0.75,
+        metavar="X",
+        help="a node with less than this share of the median of a rate is unfit (%(default)s)",
+    )
 
     plan = commands.add_parser("plan", help="see ahead what a run would do").add_subparsers(
         required=True, metavar="COMMAND"
@@ -128,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True, metavar="COMMAND"
     )
     add_command(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
+    _add_doctor(commands)
     add_command(commands, "version", print_version, "print the versions that matter")
     return parser
 
@@ -191,41 +210,25 @@ def build_bench_step_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    evaluation = add_command(commands, "eval", evaluate, "evaluate a checkpoint")
-    evaluation.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
-    evaluation.add_argument(
-        "--task",
-        required=True,
-        action="append",
-        metavar="NAME",
-        help="built-in name or package.module.Class; repeatable",
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctoring = add_command(commands, "doctor", doctor, "print what this machine can run, and what it lacks")
+    doctoring.add_argument(
+        "--for",
+        dest="purpose",
+        choices=("quickstart", "train", "gpu"),
+        default="quickstart",
+        help="what decides over the exit code: the quickstart, training on other data, or on GPUs (%(default)s)",
     )
-    evaluation.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
-    evaluation.add_argument("--limit", type=positive_int, metavar="N", help="examples per task at most")
-    _add_parallel_sizes(evaluation)
-
-
-def _add_caption(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    captioning = add_command(commands, "caption", caption, "describe images")
-    captioning.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
-    captioning.add_argument("--image", required=True, type=Path, nargs="+", action="extend", metavar="FILE")
-    captioning.add_argument(
-        "--max-new-tokens", "--max_new_tokens", type=positive_int, default=32, metavar="N", help="(%(default)s)"
+    doctoring.add_argument("--json", action="store_true", help="the same for programs")
+    doctoring.add_argument(
+        "--run-dir", "--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="disk to look at (%(default)s)"
     )
-    _add_parallel_sizes(captioning)
-
-
-def _add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
-    for dimension in ("tensor", "pipeline", "expert"):
-        option = f"--{dimension}-model-parallel-size"
-        parser.add_argument(
-            option,
-            option.replace("-", "_").replace("__", "--", 1),
-            type=positive_int,
-            metavar="N",
-            help="instead of the checkpoint's",
-        )
+    doctoring.add_argument(
+        "--corpus", type=Path, default=Path(".cache/demo-corpus"), metavar="DIR", help="demo corpus (%(default)s)"
+    )
+    doctoring.add_argument(
+        "--timeout", type=positive_int, default=60, metavar="SECONDS", help="limit of each look (%(default)s)"
+    )
 
 
 def _report(error: UserError, *, rank: int) -> None:

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from megatron_mm1.config import Fp8Config, MM1Config
 from megatron_mm1.data.batch import IGNORE, PackedBatch
+from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.errors import UserError
+from megatron_mm1.inference.engine import Engine
+from megatron_mm1.inference.requests import GenerationRequest, Score, ScoringRequest
 from megatron_mm1.model.vision import FUSED_NORM_NAMES
 from megatron_mm1.parallel.context import local_positions
 from megatron_mm1.parallel.device import device
@@ -87,6 +90,23 @@ def compare(config: MM1Config, kinds: tuple[str, ...]) -> dict[str, float]:
             distances[f"{kind}: {name}"] = distance(gradients[te_name(name, gradients)], gradient)
     destroy_process_groups()
     return distances
+
+
+def score(config: MM1Config, requests: list[ScoringRequest]) -> tuple[list[Score], list[Score], list[str], list[str]]:
+    """Scores, and texts generated behind the same prompts, by Transformer Engine's backend and by the local one."""
+    groups = build_process_groups(config.parallel, seed=1)
+    local = build_module(dataclasses.replace(config, fp8=Fp8Config()), backend="local", pg_collection=groups)
+    te = build_module(config, backend="transformer_engine", pg_collection=groups)
+    copy_weights(local, te)
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    scores, texts = [], []
+    for model in (te, local):
+        engine = Engine(config, model, tokenizer, pg_collection=groups)
+        scores.append(engine.score(requests))
+        continued = [GenerationRequest(prompt=request.prompt, max_new_tokens=5) for request in requests]
+        texts.append([answer.text for answer in engine.generate(continued)])
+    destroy_process_groups()
+    return scores[0], scores[1], texts[0], texts[1]
 
 
 def without_attention_kernels(config: MM1Config, *, component: str) -> str:

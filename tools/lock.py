@@ -14,6 +14,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+from image_pins import EXTRAS_HEADER
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -62,13 +63,16 @@ def main() -> None:
     roots = [*project["dependencies"], *(r for extra in EXTRAS for r in project["optional-dependencies"][extra]), *PINS]
     report = resolve(roots)
     names = needed(report, roots)
+    package = needed(report, [*project["dependencies"], "torch"])
     versions = {canonicalize_name(e["metadata"]["name"]): e["metadata"]["version"] for e in report}
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    lines = [f"{name}=={versions[name].split('+')[0]}\n" for name in sorted(names)]
+    pins = {name: f"{name}=={versions[name].split('+')[0]}\n" for name in sorted(names)}
+    lines = [*(pins[name] for name in pins if name in package), EXTRAS_HEADER + "\n"]
+    lines += [pins[name] for name in pins if name not in package]
     unfinished = ROOT / "requirements.lock.tmp"
     unfinished.write_text(HEADER.format(python=python, extras=", ".join(EXTRAS)) + "".join(lines))
     os.replace(unfinished, ROOT / "requirements.lock")
-    print(f"requirements.lock: {len(lines)} packages, {len(report) - len(lines)} left to torch's own CUDA requirements")
+    print(f"requirements.lock: {len(pins)} packages, {len(report) - len(pins)} left to torch's own CUDA requirements")
 
 
 if __name__ == "__main__":

@@ -8,21 +8,21 @@
 # One task, which starts a worker process for each GPU. Exit code 1 if a layout differs; the report is in $OUTPUT.
 #SBATCH --job-name=mm1-parity
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=32
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=02:00:00
-#SBATCH --output=mm1-parity-%j.log
+#SBATCH --output=%x-%j.log
 set -euo pipefail
+source examples/slurm/launch.sh
 
-MM1=${MM1:-mm1} # the command, inside a container for example
-OUTPUT=${OUTPUT:-runs/parity/${SLURM_JOB_ID:-local}}
+OUTPUT=${OUTPUT:-runs/parity/$SLURM_JOB_ID}
 LAYOUTS=${LAYOUTS:-pairs}
 
 compare() {
   local name=$1
   shift
-  $MM1 parity --layouts "$LAYOUTS" --output "$OUTPUT/$name" ${WORLD_SIZE:+--world-size "$WORLD_SIZE"} "$@"
+  on_first_node parity --layouts "$LAYOUTS" --world-size "$PROCESSES_PER_NODE" --output "$OUTPUT/$name" "$@"
 }
 
 if (($# > 0)); then

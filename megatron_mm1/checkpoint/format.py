@@ -51,6 +51,7 @@ class CheckpointMetadata:
         has_training_state: whether optimizer, schedule and random state are here too.
         wandb_run_id: the run's in Weights & Biases, to log on under it.
         world_size: processes that wrote it; None: not recorded.
+        grad_norms: of the last updates, from which the next ones' spikes are told; empty where nobody looks for them.
     """
 
     iteration: int
@@ -62,6 +63,7 @@ class CheckpointMetadata:
     has_training_state: bool = True
     wandb_run_id: str | None = None
     world_size: int | None = None
+    grad_norms: tuple[float, ...] = ()
     format_version: int = FORMAT_VERSION
     code_version: str = __version__
 
@@ -120,8 +122,8 @@ def read_metadata(checkpoint: Path) -> CheckpointMetadata:
                 f"{checkpoint} has format {version}, newer than this program's {FORMAT_VERSION}: "
                 f"upgrade to {fields['code_version']} or later"
             )
-        if "components" in fields:
-            fields["components"] = tuple(fields["components"])
+        for name in {"components", "grad_norms"} & set(fields):
+            fields[name] = tuple(fields[name])
         return CheckpointMetadata(**fields)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"corrupt checkpoint {checkpoint}: {METADATA} cannot be read ({error})") from error
@@ -218,30 +220,49 @@ def commit(partial: Path, metadata: CheckpointMetadata, records: Mapping[str, Fi
     folder, name = partial.parent, partial.name.removeprefix(".").removesuffix(".partial")
     final, replaced = folder / name, folder / _replaced(name)
     exchange(partial, final, replaced=replaced)
+    make_latest(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def make_latest(checkpoint: Path) -> None:
+    """Move `latest` to a checkpoint beside it."""
+    folder = checkpoint.parent
     temporary = folder / f".{LATEST}.partial"
-    temporary.write_text(f"{name}\n")
+    temporary.write_text(f"{checkpoint.name}\n")
     sync(temporary)
     temporary.replace(folder / LATEST)
     sync(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return final
+
+
+def checkpoint_before(folder: Path, iteration: int) -> Path | None:
+    """The newest checkpoint of a run after at most so many steps; None: there is none."""
+    found = [path for step, path in _by_step(folder).items() if step <= iteration and is_complete(path)]
+    return found[-1] if found else None
 
 
 def prune(folder: Path, keep_last: int, *, keep_every: int | None = None) -> list[str]:
     """Remove all but the newest checkpoints, those at multiples of `keep_every` steps and the one `latest` names.
 
+    What a run that has gone back has left behind `latest` is left alone: it takes its place again.
+
     Returns:
         The names of those removed.
     """
-    steps = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-" + "[0-9]" * 8)}
-    kept = set(sorted(steps)[-keep_last:]) | {step for step in steps if keep_every and step % keep_every == 0}
     latest = (folder / LATEST).read_text().strip()
-    removed = [path for step, path in sorted(steps.items()) if step not in kept and path.name != latest]
+    steps = {step: path for step, path in _by_step(folder).items() if path.name <= latest}
+    kept = set(list(steps)[-keep_last:]) | {step for step in steps if keep_every and step % keep_every == 0}
+    removed = [path for step, path in steps.items() if step not in kept and path.name != latest]
     for path in removed:
         doomed = path.with_name(f".{path.name}.partial")  # out of sight at once, and swept up if this is cut short
         path.rename(doomed)
         shutil.rmtree(doomed)
     return [path.name for path in removed]
+
+
+def _by_step(folder: Path) -> dict[int, Path]:
+    """What is called a checkpoint in a folder, by steps taken, in their order."""
+    return {int(path.name.removeprefix("step-")): path for path in sorted(folder.glob("step-" + "[0-9]" * 8))}
 
 
 def _replaced(name: str) -> str:

@@ -6,10 +6,13 @@ from typing import Any
 
 from megatron_mm1.config.keys import Key, all_keys, group_class, value_at
 from megatron_mm1.config.presets import PRESETS
+from megatron_mm1.config.recipes import RECIPES
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.config.serialization import nearest_key
 from megatron_mm1.errors import ConfigError
 
+_FIXED = ("preset", "recipe", "config", "print_config", "help")
+"""Options that are no keys."""
 _EPILOG = (
     "Dashes and underscores both parse, and a name that only one key has needs no prefix: "
     "--tensor-model-parallel-size 2. Files (--config) override the preset, later files earlier ones, "
@@ -18,7 +21,7 @@ _EPILOG = (
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Splits a command line into the fixed options (preset, config, print_config, help) and overrides by dotted key.
+    """Splits a command line into the fixed options (`_FIXED`) and overrides by dotted key.
 
     Raises:
         ConfigError: every unknown or ambiguous option.
@@ -35,7 +38,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, 
         problems.append(f"{unknown[0]!r} belongs to no option")
     if problems:
         raise ConfigError(problems)
-    fixed = argparse.Namespace(**{name: getattr(known, name) for name in ("preset", "config", "print_config", "help")})
+    fixed = argparse.Namespace(**{name: getattr(known, name) for name in _FIXED})
     return fixed, {path: value for path, value in vars(known).items() if path in all_keys()}
 
 
@@ -51,6 +54,9 @@ def build_parser(*, defaults: MM1Config | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--help", "-h", action="store_true", help="Show this help and exit.")
     parser.add_argument("--preset", metavar="NAME", help=f"Start from one of {', '.join(PRESETS)}.")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help=f"Change the preset, or without one the first file: {', '.join(RECIPES)}."
+    )
     parser.add_argument("--config", metavar="FILE", action="append", default=[], help="YAML file; may be repeated.")
     parser.add_argument("--print_config", action="store_true", help="Print the resolved configuration and exit.")
     groups: dict[str, argparse._ActionsContainer] = {"": parser}
@@ -85,7 +91,7 @@ def _canonical(argument: str, problems: list[str]) -> str:
     name, equals, value = argument[2:].partition("=")
     name = name.replace("-", "_")
     matches = [path for path in all_keys() if path.rpartition(".")[2] == name]
-    if name in ("preset", "config", "print_config", "help") or name in all_keys() or not matches:
+    if name in _FIXED or name in all_keys() or not matches:
         return f"--{name}{equals}{value}"
     if len(matches) > 1:
         problems.append(f"--{name} is ambiguous: use one of {', '.join('--' + match for match in matches)}")
@@ -94,7 +100,7 @@ def _canonical(argument: str, problems: list[str]) -> str:
 
 def _unknown(argument: str) -> str:
     name = argument[2:].partition("=")[0]
-    return f"unknown option --{name}{nearest_key(name, ['preset', 'config', 'print_config', *all_keys()])}"
+    return f"unknown option --{name}{nearest_key(name, [*_FIXED, *all_keys()])}"
 
 
 def set_override(values: dict[str, Any], path: str, value: Any) -> None:

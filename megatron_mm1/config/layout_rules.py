@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_mm1.config.derived import block_pattern, expert_ffn_size, num_moe_blocks
-from megatron_mm1.config.schema import MM1Config
+from megatron_mm1.config.schema import MM1Config, TrainingConfig
 
 
 def decoder_tensor_parallel(config: MM1Config, world_size: int) -> Iterator[str]:
@@ -77,27 +77,42 @@ def processes(config: MM1Config, world_size: int) -> Iterator[str]:
         yield f"a pipeline stage's {stage} processes are not divisible by {_product(sizes)}: use {divisors(stage)}"
     data_parallel = world_size // model_parallel
     unit = training.micro_batch_size * data_parallel
-    if training.global_batch_size % unit:
-        above = -(-training.global_batch_size // unit) * unit
-        below = above - unit
-        yield (
-            f"global_batch_size {training.global_batch_size} is not divisible by micro_batch_size "
-            f"{training.micro_batch_size} x data-parallel size {data_parallel} = {unit}: "
-            f"use {f'{below} or ' if below else ''}{above}"
-        )
-    elif parallel.virtual_pipeline_model_parallel_size > 1:
-        yield from _interleaved_microbatches(config, data_parallel)
+    for name, size in _batch_sizes(training).items():
+        if size % unit:
+            above = -(-size // unit) * unit
+            below = above - unit
+            yield (
+                f"{name} {size} is not divisible by micro_batch_size {training.micro_batch_size} x data-parallel size "
+                f"{data_parallel} = {unit}: use {f'{below} or ' if below else ''}{above}"
+            )
+        elif parallel.virtual_pipeline_model_parallel_size > 1:
+            yield from _interleaved_microbatches(config, data_parallel, name=name, size=size)
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        yield from _interleaved_evaluation(config, data_parallel)
 
 
-def _interleaved_microbatches(config: MM1Config, data_parallel: int) -> Iterator[str]:
+def _batch_sizes(training: TrainingConfig) -> dict[str, int]:
+    """Every global batch size of a run, by its key."""
+    ramp = {
+        f"batch_size_ramp[{number}].global_batch_size": stage.global_batch_size
+        for number, stage in enumerate(training.batch_size_ramp)
+    }
+    return {"global_batch_size": training.global_batch_size} | ramp
+
+
+def _interleaved_microbatches(config: MM1Config, data_parallel: int, *, name: str, size: int) -> Iterator[str]:
     stages, training = config.parallel.pipeline_model_parallel_size, config.training
-    count = training.global_batch_size // (training.micro_batch_size * data_parallel)
+    count = size // (training.micro_batch_size * data_parallel)
     if count % stages:
         unit = training.micro_batch_size * data_parallel * stages
         yield (
             f"{count} microbatches per rank are not divisible by pipeline_model_parallel_size {stages}, as virtual "
-            f"stages need: use a global_batch_size that is a multiple of {unit}"
+            f"stages need: use a {name} that is a multiple of {unit}"
         )
+
+
+def _interleaved_evaluation(config: MM1Config, data_parallel: int) -> Iterator[str]:
+    stages, training = config.parallel.pipeline_model_parallel_size, config.training
     passes = -(-training.eval_iters // data_parallel)
     if training.eval_interval and passes % stages:
         yield (

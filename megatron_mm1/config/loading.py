@@ -9,9 +9,13 @@ import yaml
 from megatron_mm1.config.command_line import build_parser, parse_arguments, set_override
 from megatron_mm1.config.keys import all_keys, element_class, group_class
 from megatron_mm1.config.presets import preset
+from megatron_mm1.config.recipes import apply_recipe
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.config.serialization import from_dict, from_yaml, parse_yaml, to_dict, to_yaml
 from megatron_mm1.errors import ConfigError
+
+_Files = Sequence[tuple[str, dict[str, Any]]]
+"""Path and content."""
 
 __all__ = ["from_dict", "from_yaml", "load_config", "to_dict", "to_yaml"]
 
@@ -20,6 +24,7 @@ def load_config(argv: Sequence[str]) -> MM1Config:
     """The configuration a command line asks for.
 
         --preset NAME           start from a preset (a file's top-level key `preset` does the same)
+        --recipe NAME           change the preset, or without one the first file, as a recipe says (or a file's key)
         --config FILE           then merge a YAML file, whole or partial; repeatable
         --KEY VALUE             then set single keys
         --print_config, --help  print and exit with 0
@@ -30,7 +35,7 @@ def load_config(argv: Sequence[str]) -> MM1Config:
     """
     options, overrides = parse_arguments(argv)
     files = [(path, _read(path)) for path in options.config]
-    base_name = _base_preset(options.preset, files)
+    base_name, recipe = _one_name("preset", options.preset, files), _one_name("recipe", options.recipe, files)
     base = None if base_name is None else preset(base_name)
     if options.help:
         build_parser(defaults=base).print_help()
@@ -38,6 +43,11 @@ def load_config(argv: Sequence[str]) -> MM1Config:
     if base is None and not files:
         raise ConfigError(["no configuration named: start from a preset (--preset mm1-tiny) or a file (--config FILE)"])
 
+    if recipe is not None:
+        if base is None:
+            (_, whole), *files = files
+            base = from_dict(whole)
+        base = apply_recipe(recipe, base)
     values = {} if base is None else to_dict(base)
     for _, overlay in files:
         values = _merge(values, overlay)
@@ -58,13 +68,13 @@ def _read(path: str) -> dict[str, Any]:
         raise ConfigError([f"cannot read the configuration file {path}: {error}"]) from error
 
 
-def _base_preset(named: str | None, files: Sequence[tuple[str, dict[str, Any]]]) -> str | None:
-    """The one preset to start from, taking the key `preset` out of the files; an option outranks the files."""
-    in_files = {path: str(values.pop("preset")) for path, values in files if "preset" in values}
-    if named is None and len(set(in_files.values())) > 1:
+def _one_name(key: str, option: str | None, files: _Files) -> str | None:
+    """The one preset or recipe that is named, taking the key out of the files; an option outranks the files."""
+    in_files = {path: str(values.pop(key)) for path, values in files if key in values}
+    if option is None and len(set(in_files.values())) > 1:
         claims = ", ".join(f"{path} says {name}" for path, name in in_files.items())
-        raise ConfigError([f"the files start from different presets ({claims}): choose one with --preset"])
-    return named or next(iter(in_files.values()), None)
+        raise ConfigError([f"the files start from different {key}s ({claims}): choose one with --{key}"])
+    return option or next(iter(in_files.values()), None)
 
 
 def _merge(base: dict[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:

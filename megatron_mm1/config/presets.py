@@ -3,7 +3,7 @@
 [P] quoted from the paper, [M] widely reported, [C] our choice where the paper is silent (docs/facts.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -43,24 +43,30 @@ MOE_7B = MoEConfig(
 )  # [P]; [C] width, for 47B in all [P]
 
 
-def _paper_data() -> DataConfig:
-    """45 % captions, 45 % interleaved documents, 10 % text [P]; the paths are for the user to replace."""
-    mixture = {"captions": 0.45, "interleaved": 0.45, "text": 0.10}
-    return DataConfig(
-        tokenizer="data/tokenizer.model",
-        sources=tuple(SourceConfig(name=name, path=f"data/{name}", weight=weight) for name, weight in mixture.items()),
-    )
+MIXTURE = {"captions": 0.45, "interleaved": 0.45, "text": 0.10}  # [P]
+
+
+def paper_sources(mixture: Mapping[str, float]) -> tuple[SourceConfig, ...]:
+    """The paper's kinds of data with these weights; the paths are for the user to replace."""
+    return tuple(SourceConfig(name=name, path=f"data/{name}", weight=weight) for name, weight in mixture.items())
 
 
 def _mm1(
-    name: str, *, decoder: DecoderConfig, lr: float, vision: VisionConfig = VIT_H_14_378, moe: MoEConfig | None = None
+    name: str,
+    *,
+    decoder: DecoderConfig,
+    lr: float,
+    vision: VisionConfig = VIT_H_14_378,
+    moe: MoEConfig | None = None,
+    output_z_loss_coeff: float = 0.0,
 ) -> MM1Config:
     """MM1's recipe (the schema's defaults) around a decoder; mixture-of-experts models keep the dense one's [P]."""
     return MM1Config(
         name=name,
         model=ModelConfig(decoder=decoder, vision=vision, moe=moe),
         optimizer=OptimizerConfig(lr=lr, connector_lr=CONNECTOR_LR),
-        data=_paper_data(),
+        training=TrainingConfig(output_z_loss_coeff=output_z_loss_coeff),
+        data=DataConfig(tokenizer="data/tokenizer.model", sources=paper_sources(MIXTURE)),
         run_dir=f"runs/{name}",
     )
 
@@ -141,7 +147,7 @@ _BUILDERS: dict[str, Callable[[str], MM1Config]] = {
     "mm1-1.2b": partial(_law_grid, num_layers=24, hidden_size=2048),
     "mm1-3b": partial(_mm1, decoder=DECODER_3B, lr=6e-5),  # [P] learning rates as used
     "mm1-7b": partial(_mm1, decoder=DECODER_7B, lr=4e-5),
-    "mm1-30b": partial(_mm1, decoder=DECODER_30B, lr=2e-5),
+    "mm1-30b": partial(_mm1, decoder=DECODER_30B, lr=2e-5, output_z_loss_coeff=1e-4),  # [M] z-loss
     "mm1-3b-moe": partial(_mm1, decoder=DECODER_3B, lr=6e-5, moe=MOE_3B),
     "mm1-7b-moe": partial(_mm1, decoder=DECODER_7B, lr=4e-5, moe=MOE_7B),
 }

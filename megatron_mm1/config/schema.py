@@ -192,6 +192,10 @@ class DataConfig:
     """Positions per sequence [P]."""
     max_images_per_sequence: int = 16
     """[P]"""
+    long_documents: Literal["split", "cut", "drop"] = "split"
+    """What becomes of a document that does not fit a sequence: all of it in stretches; "cut" where the last trained
+    stretch ends that fits, as a conversation's answer does, without the rest; or left out. None is cut inside an image.
+    """
     packing_lookahead: int = 64
     """Sequences kept open while packing best-fit."""
     text_only: bool = False
@@ -219,10 +223,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW in PyTorch's form: weight_decay is multiplied by the learning rate (the paper's lambda = 0.1 lr [P/M])."""
+    """AdamW in PyTorch's form: weight_decay is multiplied by the learning rate (the paper's lambda = 0.1 lr [P/M]). Or
+    AdaFactor with given learning rates, as the paper fine-tunes [P].
+    """
 
     lr: float
     """Peak learning rate of the decoder, and of each component without one of its own."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """AdaFactor keeps second moments of a matrix as a row and a column of it, and no first ones."""
     vision_lr: float | None = None
     connector_lr: float | None = None
     min_lr_ratio: float = 0.1
@@ -235,6 +243,12 @@ class OptimizerConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
+    adafactor_decay_rate: float = -0.8
+    """Step n counts as n to this power in the running mean of squared gradients (AdaFactor's paper)."""
+    adafactor_eps: float = 1e-30
+    """Added to squared gradients."""
+    adafactor_clip_threshold: float = 1.0
+    """Limit of the root mean square of a tensor's update before the learning rate."""
     clip_grad: float = 1.0
     """Global gradient norm limit [M]."""
 
@@ -243,11 +257,23 @@ AttentionKernel = Literal["torch", "transformer_engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchSizeStage:
+    """A stretch of smaller (or other) batches before `training.global_batch_size` holds."""
+
+    until: int
+    """The first step that is not in it, counted from 0."""
+    global_batch_size: int
+    """Sequences per step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     micro_batch_size: int = 1
     """Sequences per rank and microbatch."""
     global_batch_size: int = 512
     """Sequences per step [P]."""
+    batch_size_ramp: tuple[BatchSizeStage, ...] = ()
+    """Other batch sizes to begin with, by increasing `until`. Warm-up and cosine go by sequences, not by steps."""
     train_iters: int = 200_000
     """Steps [P]."""
     eval_interval: int = 1000
@@ -262,6 +288,12 @@ class TrainingConfig:
     flash-attn's where that is installed, cuDNN's where its version will do; an error where it finds none."""
     freeze: tuple[Literal["tower", "connector", "decoder"], ...] = ()
     """Parts that are not trained: without gradients and optimizer state."""
+    frozen_steps: dict[str, int] = field(default_factory=dict)
+    """Parts (tower, connector, decoder) that are not trained in the first so many steps, and then are."""
+    output_z_loss_coeff: float = 0.0
+    """Weight of the squared log-sum-exp of the output logits of trained tokens; 1e-4 in the 30B [M]. The losses that
+    are reported leave it out.
+    """
     recompute_granularity: Literal["selective", "full"] | None = None
     """Compute activations of the decoder anew in the backward pass instead of keeping them: of `recompute_modules`, or
     of whole layers."""
@@ -324,8 +356,59 @@ class CheckpointConfig:
     """Go on from `load` or the run's own checkpoint with another data plan than it was trained on, from the same number
     of sequences.
     """
+    accept_other_schedule: bool = False
+    """Go on from `load` or the run's own checkpoint with other optimizer settings, batch sizes, frozen steps or z-loss,
+    each of which is then named. Steps that were taken keep their batch sizes (`training.batch_size_ramp`).
+    """
     max_save_failures: int = 2
     """Checkpoints in a row that may fail to be written (a full disk); one more, or the last one, ends the run."""
+
+
+FaultPolicy = Literal["skip", "rollback", "stop"]
+"""What to do about a step that went wrong: leave its update out and go on with the next batch; go back to an earlier
+checkpoint, replay the batches since and pass this one over; or end the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """Steps that go wrong, and ranks that stand still or lag behind (docs/faults.md) [C]."""
+
+    nonfinite_policy: FaultPolicy = "skip"
+    """Where the loss or the gradient norm is infinite or not a number."""
+    spike_policy: Literal["off", "skip", "rollback", "stop"] = "off"
+    """Where the gradient norm is more than `spike_factor` times its median over the last `spike_window` updates."""
+    spike_factor: float = 10.0
+    spike_window: int = 100
+    """Updates; no norm counts as a spike before there have been so many."""
+    max_consecutive_skips: int = 10
+    """Steps in a row that may be skipped; one more ends the run."""
+    rollback_steps: int = 1
+    """A rollback goes to the newest checkpoint that is at least so many steps old; without one the step is skipped."""
+    max_rollbacks: int = 3
+    """Rollbacks to the same checkpoint; one more ends the run."""
+    hang_timeout_seconds: int | None = None
+    """How long the job may stand still before every rank writes its stacks down and ends; null:
+    `parallel.distributed_timeout_minutes`, less 5 s."""
+    straggler_factor: float = 1.5
+    """A rank that works so many times as long as the median rank is named in the log; 0: do not measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Tasks that a run evaluates on its weights as they are; the training does not notice."""
+
+    interval: int = 0
+    """Steps between evaluations, of which one comes before the first step and one after the last. 0: none."""
+    tasks: tuple[str, ...] = ()
+    """Built-in names or import paths, as for mm1 eval."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Folder of a task's data, by task; not of those that know their own."""
+    shots: tuple[int, ...] = (0,)
+    """Numbers of demonstrations, each evaluated."""
+    limit: int | None = 256
+    """Items per task at most; None: all."""
+    seed: int = 0
+    """Of the choice of demonstrations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +434,8 @@ class MM1Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run_dir: str = "runs/mm1"
     """Checkpoints, logs and the resolved configuration go here."""

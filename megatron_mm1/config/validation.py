@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from megatron_mm1.config import layout_rules
 from megatron_mm1.config.derived import (
+    COMPONENTS,
     fp8_recipes,
     head_dim,
     num_patches,
@@ -71,10 +72,19 @@ MINIMUM: dict[str, int] = {
     "optimizer.clip_grad": 0,
     "optimizer.vision_lr": 0,
     "optimizer.connector_lr": 0,
+    "training.output_z_loss_coeff": 0,
     "checkpoint.save_interval": 0,
     "checkpoint.keep_last": 1,
     "checkpoint.keep_every": 1,
     "checkpoint.max_save_failures": 0,
+    "faults.spike_window": 1,
+    "faults.max_consecutive_skips": 0,
+    "faults.rollback_steps": 1,
+    "faults.max_rollbacks": 1,
+    "faults.hang_timeout_seconds": 1,
+    "faults.straggler_factor": 0,
+    "evaluation.interval": 0,
+    "evaluation.limit": 1,
     "logging.log_interval": 1,
 }
 """The smallest legal value of each key that counts or measures something; null is legal where the schema has it."""
@@ -189,8 +199,32 @@ def _router(config: MM1Config, world_size: int) -> Iterator[str]:
 
 
 def _freeze(config: MM1Config, world_size: int) -> Iterator[str]:
-    if set(config.training.freeze) == {"tower", "connector", "decoder"}:
+    training = config.training
+    if set(training.freeze) == set(COMPONENTS):
         yield "training.freeze names every part, which leaves nothing to train: leave one out"
+    if unknown := sorted(set(training.frozen_steps) - set(COMPONENTS)):
+        yield f"training.frozen_steps names {', '.join(unknown)}: its parts are {', '.join(COMPONENTS)}"
+    if wrong := {name: steps for name, steps in training.frozen_steps.items() if steps < 1}:
+        yield f"training.frozen_steps {wrong} freezes nothing: use 1 or more, or leave the part out"
+    if both := sorted(set(training.frozen_steps) & set(training.freeze)):
+        yield f"training.frozen_steps and training.freeze both name {', '.join(both)}: leave it to one of them"
+    elif training.frozen_steps and set(training.freeze) | set(training.frozen_steps) == set(COMPONENTS):
+        least = min(training.frozen_steps.values())
+        yield f"training.frozen_steps leaves nothing to train in the first {least} steps: leave a part out"
+    if training.frozen_steps and config.parallel.overlap_grad_reduce:
+        yield (
+            "parallel.overlap_grad_reduce waits for the gradient of every parameter, and parts in "
+            "training.frozen_steps have none at first: set it false, or leave frozen_steps empty"
+        )
+
+
+def _batch_size_ramp(config: MM1Config, world_size: int) -> Iterator[str]:
+    ramp = config.training.batch_size_ramp
+    ends = [stage.until for stage in ramp]
+    if any(later <= earlier for earlier, later in pairwise([0, *ends])):
+        yield f"the steps `until` of training.batch_size_ramp {ends} must be above 0 and increase: put them in order"
+    if sizes := [stage.global_batch_size for stage in ramp if stage.global_batch_size < 1]:
+        yield f"training.batch_size_ramp has batches of {sizes[0]} sequences: use 1 or more"
 
 
 def _sequence(config: MM1Config, world_size: int) -> Iterator[str]:
@@ -269,8 +303,17 @@ def _optimizer(config: MM1Config, world_size: int) -> Iterator[str]:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(optimizer, name) < 1:
             yield f"optimizer.{name} {getattr(optimizer, name)} is out of range: use 0 or more and less than 1"
-    if not optimizer.adam_eps > 0:
-        yield f"optimizer.adam_eps {optimizer.adam_eps} is too small: use a positive number"
+    for name in ("adam_eps", "adafactor_eps", "adafactor_clip_threshold"):
+        if not getattr(optimizer, name) > 0:
+            yield f"optimizer.{name} {getattr(optimizer, name)} is too small: use a positive number"
+    if not -1 <= optimizer.adafactor_decay_rate < 0:
+        yield f"optimizer.adafactor_decay_rate {optimizer.adafactor_decay_rate} is out of range: use -1 to below 0"
+    if optimizer.optimizer == "adafactor" and config.parallel.use_distributed_optimizer:
+        yield (
+            "optimizer.optimizer adafactor needs whole rows and columns of each matrix, and "
+            "parallel.use_distributed_optimizer cuts matrices anywhere: set it false (AdaFactor's state is small), or "
+            "use adamw"
+        )
 
 
 def _schedule(config: MM1Config, world_size: int) -> Iterator[str]:
@@ -331,6 +374,33 @@ def _checkpoint(config: MM1Config, world_size: int) -> Iterator[str]:
         yield "checkpoint.finetune takes the weights of checkpoint.load, which is null: name a checkpoint"
 
 
+def _faults(config: MM1Config, world_size: int) -> Iterator[str]:
+    faults, longest = config.faults, 60 * config.parallel.distributed_timeout_minutes - 5
+    if not 1 < faults.spike_factor < math.inf:
+        yield f"faults.spike_factor {faults.spike_factor} would make ordinary steps spikes: use more than 1"
+    if not (faults.straggler_factor == 0 or 1 < faults.straggler_factor < math.inf):
+        yield f"faults.straggler_factor {faults.straggler_factor} names ordinary ranks: use more than 1, or 0 for none"
+    if faults.hang_timeout_seconds is not None and faults.hang_timeout_seconds > longest:
+        yield (
+            f"faults.hang_timeout_seconds {faults.hang_timeout_seconds} is more than {longest}, and collectives give "
+            f"up after parallel.distributed_timeout_minutes {config.parallel.distributed_timeout_minutes}: raise that, "
+            f"or use {longest} or less"
+        )
+
+
+def _evaluation(config: MM1Config, world_size: int) -> Iterator[str]:
+    evaluation = config.evaluation
+    if evaluation.interval and not evaluation.tasks:
+        yield f"evaluation.interval {evaluation.interval} without a task: name some in evaluation.tasks, or use 0"
+    if evaluation.tasks and not evaluation.interval:
+        yield f"evaluation.tasks {', '.join(evaluation.tasks)} without evaluation.interval: say how often"
+    if not evaluation.shots or min(evaluation.shots) < 0:
+        yield f"evaluation.shots {list(evaluation.shots)}: give numbers of demonstrations, 0 for none"
+    for task in evaluation.data:
+        if task not in evaluation.tasks:
+            yield f"evaluation.data names {task}, which is not among evaluation.tasks: add it, or leave it out"
+
+
 RULES = (
     Rule(("model.decoder",), _decoder_shape),
     Rule(("model.decoder", "parallel.tensor"), layout_rules.decoder_tensor_parallel),
@@ -343,6 +413,7 @@ RULES = (
     Rule(("parallel.tensor", "parallel.context", "data.seq_length", "training.micro"), layout_rules.sequence_split),
     Rule(("parallel.pipeline", "parallel.virtual", "model.decoder.num_layers"), layout_rules.pipeline),
     Rule((), _freeze),
+    Rule((), _batch_size_ramp),
     Rule(("data.seq_length", "data.max_images", "model.connector.tokens"), _sequence),
     Rule(("data.min_image", "data.max_image_tiles"), _images),
     Rule((), _sources),
@@ -351,6 +422,8 @@ RULES = (
     Rule(("optimizer.lr_", "training.train_iters"), _schedule),
     Rule(("fp8", "model.decoder.num_layers", "parallel.pipeline"), _fp8),
     Rule((), _checkpoint),
+    Rule(("faults", "parallel.distributed_timeout"), _faults),
+    Rule(("evaluation",), _evaluation),
 )
 
 

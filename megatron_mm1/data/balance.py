@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.data.mixture import Plan
 
@@ -82,15 +83,16 @@ class Dealer:
 
     Attributes:
         plan: the order of training.
-        micro_batch_size, global_batch_size: sequences; microbatch j of the run holds the plan's sequences from
-            j * micro_batch_size on, global batch i those from i * global_batch_size on.
-        dp_size: data-parallel ranks; global_batch_size is a multiple of dp_size * micro_batch_size.
+        micro_batch_size: sequences; microbatch j of the run holds the plan's sequences from j * micro_batch_size on.
+        batch_sizes: which sequences make up each global batch; their sizes are multiples of dp_size *
+            micro_batch_size.
+        dp_size: data-parallel ranks.
         text_only: images are left out of the batches.
     """
 
     plan: Plan
     micro_batch_size: int
-    global_batch_size: int
+    batch_sizes: BatchSizes
     dp_size: int
     text_only: bool = False
 
@@ -100,21 +102,20 @@ class Dealer:
         return Dealer(
             plan,
             micro_batch_size=training.micro_batch_size,
-            global_batch_size=training.global_batch_size,
+            batch_sizes=BatchSizes.of(training),
             dp_size=dp_size,
             text_only=config.data.text_only,
         )
 
     def num_images(self, global_batch: int) -> np.ndarray:
         """[n] images of each microbatch of a global batch, in the plan's order."""
-        first = global_batch * self.global_batch_size
-        sequences = range(first, first + self.global_batch_size)
+        sequences = range(*map(self.batch_sizes.sequences_before, (global_batch, global_batch + 1)))
         images = [0 if self.text_only else self.plan.num_images(index) for index in sequences]
         return np.array(images, np.int64).reshape(-1, self.micro_batch_size).sum(axis=1)
 
     def microbatches(self, global_batch: int, *, dp_rank: int) -> list[int]:
         """The microbatches of a global batch that a rank runs, in its order, numbered over the whole run."""
-        first = global_batch * (self.global_batch_size // self.micro_batch_size)
+        first = self.batch_sizes.sequences_before(global_batch) // self.micro_batch_size
         mine = deal(self.num_images(global_batch), num_ranks=self.dp_size)[dp_rank]
         return (first + mine).tolist()
 

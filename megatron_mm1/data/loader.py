@@ -5,13 +5,14 @@ the data-parallel ranks by their images (`data.balance`): every data-parallel si
 run resumes from the number of sequences it has consumed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
 
 import numpy as np
 
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.data.assemble import Assembler, Row
 from megatron_mm1.data.balance import Dealer
@@ -25,7 +26,6 @@ from megatron_mm1.data.pools import PackedStream, PieceOf
 from megatron_mm1.data.source import Piece
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.data.workers import WorkerPool, from_thread, from_workers
-from megatron_mm1.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def train_batches(
     consumed_sequences: int = 0,
     with_pixels: bool = True,
     data: TrainingData | None = None,
-) -> Iterator[PackedBatch]:
+) -> Generator[PackedBatch]:
     """This rank's microbatches, without end; close the iterator to stop its workers.
 
     Args:
@@ -64,12 +64,7 @@ def train_batches(
         UserError: see `training_data`, also from inside a worker; consumed_sequences ends inside a global batch; images
             are to be decoded on a GPU and there is none; or workers die over and over.
     """
-    done, rest = divmod(consumed_sequences, config.training.global_batch_size)
-    if rest:
-        raise UserError(
-            f"consumed_sequences {consumed_sequences} is not a multiple of training.global_batch_size "
-            f"{config.training.global_batch_size}: a run resumes between steps, with the global batch size it had"
-        )
+    done = BatchSizes.of(config.training).steps_taken(consumed_sequences)
     on_gpu = with_pixels and config.data.image_decoder == "gpu" and not config.data.text_only
     if on_gpu:
         check_gpu_decoder()

@@ -1,5 +1,7 @@
 """Splitting over-long documents and packing documents into sequences: pure functions of lengths, compiled by numba."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numba import njit
 
@@ -104,6 +106,40 @@ def _split(
             count += 1
             start, first = stop, image
     return pieces[:count], lengths[:count], tiles[:count]
+
+
+def cut_documents(
+    trained: Sequence[np.ndarray],
+    image_bounds: np.ndarray,
+    image_positions: np.ndarray,
+    image_tiles: np.ndarray,
+    *,
+    tokens_per_image: int,
+    seq_length: int,
+    max_images: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut each document where the last of its trained stretches ends that fits a sequence.
+
+    Args:
+        trained: [tokens] bool of each document; the others as of `split_documents`.
+
+    Returns:
+        [P, 3] int64 (number of the document here, 0, stop) of those of which something is left, in order; [P] positions
+        that each takes; [P] its tiles.
+    """
+    pieces, lengths, tiles = [], [], []
+    for number, flags in enumerate(trained):
+        ends = np.flatnonzero(flags & ~np.append(flags[1:], False)) + 1
+        images = slice(*image_bounds[number : number + 2].tolist())
+        before = np.concatenate([[0], np.cumsum(image_tiles[images])])[np.searchsorted(image_positions[images], ends)]
+        positions = ends - np.searchsorted(image_positions[images], ends) + before * tokens_per_image
+        fitting = np.flatnonzero((positions <= seq_length) & (before <= max_images))
+        if len(fitting):
+            last = fitting[-1]
+            pieces.append((number, 0, int(ends[last])))
+            lengths.append(int(positions[last]))
+            tiles.append(int(before[last]))
+    return np.array(pieces, np.int64).reshape(-1, 3), np.array(lengths, np.int64), np.array(tiles, np.int64)
 
 
 def pack_best_fit(

@@ -1,10 +1,11 @@
 """From a configuration to the order of training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.schema import DataConfig, MM1Config, SourceConfig
 from megatron_mm1.data.mixture import Ingredient, Phase, Plan
 from megatron_mm1.data.pools import PackedStream, PackingLimits, PieceOf, Share
@@ -60,6 +61,7 @@ def packing_limits(config: MM1Config) -> PackingLimits:
         tokens_per_image=config.model.connector.tokens_per_image,
         lookahead=config.data.packing_lookahead,
         tiles=None if config.data.image_tiling == "none" else Tiling.of(config).tiles_of,
+        long_documents=config.data.long_documents,
     )
 
 
@@ -84,6 +86,33 @@ class TrainingData:
                 seen[name] += passes * count / len(ingredient.stream)
         return seen
 
+    def keys(self, sequences: Iterable[int]) -> dict[str, list[str]]:
+        """Where the documents of these sequences of the plan came from, by source: each once, in order."""
+        pieces = [piece for sequence in sequences for piece in self.plan.sequence(sequence)]
+        documents = {
+            name: list(dict.fromkeys(piece.document for piece in pieces if piece.source == number))
+            for number, name in enumerate(self.sources.names)
+        }
+        return {
+            name: self.sources[number].keys(documents[name])
+            for number, name in enumerate(self.sources.names)
+            if documents[name]
+        }
+
+    def long_documents(self) -> list[str]:
+        """A sentence for each ingredient that has documents which do not fit a sequence and are not split."""
+        sentences = []
+        for ingredient in self.plan.ingredients:
+            stream = ingredient.stream
+            documents, cut, dropped = stream.documents_of_epoch if isinstance(stream, PackedStream) else (0, 0, 0)
+            if cut or dropped:
+                names = ", ".join(ingredient.passes)
+                sentences.append(
+                    f"{names}: of {documents + dropped:,} documents {cut:,} are cut at the end of an answer and "
+                    f"{dropped:,} left out, since they do not fit a sequence"
+                )
+        return sentences
+
 
 def training_data(config: MM1Config, *, tokenizer: Tokenizer) -> TrainingData:
     """Open data.sources and lay out the order of training.
@@ -101,21 +130,21 @@ def training_plan(config: MM1Config, sources: Sources) -> Plan:
     Raises:
         UserError: the mixture cannot be made, or ends before training does.
     """
-    data, batch = config.data, config.training.global_batch_size
+    data, batches = config.data, BatchSizes.of(config.training)
     weights = {0: {source.name: source.weight for source in data.sources}}
     weights |= {phase.step: phase.weights for phase in data.curriculum}
     mix = _mixed if data.packing == "mixed" else _by_source
     ingredients, shares = mix(config, sources, list(weights.values()))
     plan = Plan(
         ingredients,
-        [Phase(step * batch, of) for step, of in zip(weights, shares, strict=True)],
+        [Phase(batches.sequences_before(step), of) for step, of in zip(weights, shares, strict=True)],
         seed=data.seed,
         identity=_identity(config),
     )
-    needed = config.training.train_iters * batch
+    needed = batches.sequences_before(config.training.train_iters)
     if plan.end is not None and plan.end < needed:
         raise UserError(
-            f"the data ends after {plan.end:,} sequences, {plan.end // batch:,} steps, training takes "
+            f"the data ends after {plan.end:,} sequences, {batches.step_of(plan.end):,} steps, training takes "
             f"{config.training.train_iters:,} steps: raise max_epochs of data.sources or lower training.train_iters"
         )
     return plan
@@ -130,6 +159,8 @@ def _identity(config: MM1Config) -> dict[str, object]:
         "text_only": data.text_only,
         "random_resized_crop": data.random_resized_crop,
     }
+    if limits.long_documents != "split":
+        identity |= {"long_documents": limits.long_documents}
     return identity if limits.tiles is None else identity | {"tiling": asdict(Tiling.of(config))}
 
 

@@ -6,16 +6,16 @@ so the number of sequences of each pool, which is all that is kept of every pool
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from megatron_mm1.data.order import KeyedPermutation, permutation
-from megatron_mm1.data.packing import pack_best_fit, split_documents
+from megatron_mm1.data.packing import cut_documents, pack_best_fit, split_documents
 from megatron_mm1.errors import UserError
 
 _STRETCH = 256
@@ -40,6 +40,9 @@ class Documents(Protocol):
     def images_of(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions [I] among their document's stored tokens and sizes [I, 2] (height, width) of all their images."""
 
+    def trained(self, documents: np.ndarray) -> list[np.ndarray]:
+        """[tokens] bool for each document: which of its stored tokens are targets of the loss."""
+
 
 class TileCount(Protocol):
     """How many tiles the tower encodes for each image."""
@@ -55,6 +58,7 @@ class PackingLimits:
 
     Attributes:
         tiles: None where each image is one.
+        long_documents: see `DataConfig`.
     """
 
     seq_length: int
@@ -62,6 +66,7 @@ class PackingLimits:
     tokens_per_image: int
     lookahead: int
     tiles: TileCount | None = None
+    long_documents: Literal["split", "cut", "drop"] = "split"
 
     def tiles_of_images(self, sizes: np.ndarray, num_images: np.ndarray) -> np.ndarray:
         """`TileCount`, 1 for each image where there are no tiles."""
@@ -113,6 +118,7 @@ class _Pool:
         images: [sequences] int64 tiles.
         positions: filled ones, of all sequences.
         documents: how many were packed.
+        cut, dropped: how many others lost their end, or were left out, since they do not fit a sequence.
     """
 
     pieces: np.ndarray
@@ -120,6 +126,19 @@ class _Pool:
     images: np.ndarray
     positions: int
     documents: int
+    cut: int
+    dropped: int
+
+
+class _Cut(NamedTuple):
+    """One share of a pool: its pieces [n, 4], their positions [n] and tiles [n], and what became of its documents."""
+
+    pieces: np.ndarray
+    lengths: np.ndarray
+    tiles: np.ndarray
+    documents: int
+    cut: int
+    dropped: int
 
 
 class PackedStream:
@@ -162,6 +181,12 @@ class PackedStream:
         """Mean; a document that was cut counts once."""
         return float(self._counts[:, 2].sum() / len(self))
 
+    @property
+    def documents_of_epoch(self) -> tuple[int, int, int]:
+        """Documents in one epoch, those of them that lost their end, and those that were left out besides."""
+        documents, cut, dropped = self._counts[:, 2:].sum(axis=0).tolist()
+        return documents, cut, dropped
+
     def sequence(self, index: int) -> list[PieceOf]:
         """The pieces of the stream's sequence `index`, which may be epochs on."""
         pool, place = self._locate(index)
@@ -190,11 +215,11 @@ class PackedStream:
         return permutation(f"{self._key}/epoch {epoch}/pool {number}", int(self._counts[number, 0]))
 
     def _count(self) -> np.ndarray:
-        """[pools, 3] int64: sequences, filled positions and documents of each pool."""
+        """[pools, 5] int64: sequences, filled positions and documents, cut and dropped ones of each pool."""
 
-        def figures(number: int) -> tuple[int, int, int]:
+        def figures(number: int) -> tuple[int, ...]:
             pool = self._pack(number) if self.num_pools > _REMEMBERED_POOLS else self._pool(number)
-            return len(pool.images), pool.positions, pool.documents
+            return len(pool.images), pool.positions, pool.documents, pool.cut, pool.dropped
 
         with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
             return np.array(list(threads.map(figures, range(self.num_pools))), np.int64)
@@ -220,11 +245,12 @@ class PackedStream:
             bounds=bounds,
             images=sums[bounds[1:]] - sums[bounds[:-1]],
             positions=int(lengths.sum()),
-            documents=sum(part[3] for part in parts),
+            documents=sum(part.documents for part in parts),
+            cut=sum(part.cut for part in parts),
+            dropped=sum(part.dropped for part in parts),
         )
 
-    def _cut(self, place: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Pieces [n, 4] of one share of a pool, their lengths [n], their tiles [n], and its number of documents."""
+    def _cut(self, place: int, number: int) -> _Cut:
         share = self.shares[place]
         documents = self._documents(place, number)
         num_tokens, num_images = share.documents.num_tokens(documents), share.documents.num_images(documents)
@@ -233,16 +259,20 @@ class PackedStream:
         lengths = num_tokens - num_images + tiles * limits.tokens_per_image
         whole = np.flatnonzero((lengths <= limits.seq_length) & (tiles <= limits.max_images) & (lengths > 0))
         long = np.flatnonzero((lengths > limits.seq_length) | (tiles > limits.max_images))
-        stretches, cut_lengths, cut_tiles = self._split(share.documents, documents[long], num_tokens[long])
+        stretches, cut_lengths, cut_tiles = self._shorten(share.documents, documents[long], num_tokens[long])
+        split = limits.long_documents == "split"
+        dropped = 0 if split else len(long) - len(stretches)
         pieces = np.zeros((len(whole) + len(stretches), 4), np.int64)
         pieces[:, 0] = share.number
         pieces[: len(whole), 1], pieces[: len(whole), 3] = documents[whole], num_tokens[whole]
         pieces[len(whole) :, 1], pieces[len(whole) :, 2:] = documents[long][stretches[:, 0]], stretches[:, 1:]
-        return (
+        return _Cut(
             pieces,
             np.concatenate([lengths[whole], cut_lengths]),
             np.concatenate([tiles[whole], cut_tiles]),
-            len(documents),
+            documents=len(documents) - dropped,
+            cut=0 if split else len(stretches),
+            dropped=dropped,
         )
 
     def _documents(self, place: int, number: int) -> np.ndarray:
@@ -265,13 +295,20 @@ class PackedStream:
             first += end - begin
         return np.concatenate(found)
 
-    def _split(
+    def _shorten(
         self, source: Documents, documents: np.ndarray, num_tokens: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        limits, num_images = self._limits, source.num_images(documents)
+        """What is packed of documents that do not fit a sequence: see `split_documents` and `cut_documents`."""
+        limits = self._limits
+        documents = documents[:0] if limits.long_documents == "drop" else documents
+        num_images = source.num_images(documents)
         positions, sizes = source.images_of(documents)
-        return split_documents(
-            num_tokens,
+        shorten: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
+        if limits.long_documents == "split":
+            shorten = partial(split_documents, num_tokens)
+        else:
+            shorten = partial(cut_documents, source.trained(documents))
+        return shorten(
             np.concatenate([[0], np.cumsum(num_images)]),
             positions,
             limits.tiles_of_images(sizes, np.repeat(num_images, num_images)),

@@ -30,7 +30,7 @@ class Recipe:
     tokenizer: Path
 
     def open_reader(self) -> Reader:
-        return open_reader(self.reader, self.input, dict(self.options))
+        return open_reader(self.reader, self.input, dict(self.options), tokenizer=self.tokenizer)
 
 
 def write_in_processes(

@@ -10,10 +10,13 @@ class Text:
 
     Attributes:
         trained: whether its tokens are targets of the loss; a question's are not, its answer's are.
+        spans: stretches (start, stop) of its characters that are trained where not all is; a token that is partly in
+            one is a target.
     """
 
     text: str
     trained: bool = True
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Reason(StrEnum):
     MISSING_IMAGE = "image file missing or unreadable"
     OUTSIDE_FOLDER = "image path leaves the folder"
     IMAGE_MARKS = "image marks and images do not match"
+    CHAT_TEMPLATE = "the chat template refuses it"
     DUPLICATE_KEY = "duplicate key"
     UNSAFE_MEMBER = "archive member with an unsafe path or type"
     INCOMPLETE_SAMPLE = "sample without an image or a text"
@@ -79,11 +83,13 @@ class Document:
         parts: text, images and control symbols in reading order.
         key: says where the document came from, for messages.
         dropped_images: why images that stood in it were left out, one entry for each.
+        complete: its parts are all of it: no symbols for beginning and end are put around them.
     """
 
     parts: tuple[Text | Image | Control, ...]
     key: str
     dropped_images: tuple[Reason, ...] = ()
+    complete: bool = False
 
 
 @dataclass(frozen=True)

@@ -94,16 +94,31 @@ class IndexedSource:
             rows[ranges(begins[places], begins[places] + counts[places])] = found[:, [_POSITION, _HEIGHT, _WIDTH]]
         return rows[:, 0], rows[:, 1:]
 
+    def trained(self, documents: np.ndarray) -> list[np.ndarray]:
+        """[tokens] bool for each document: which of its stored tokens are targets of the loss."""
+        requests = []
+        for document in documents.tolist():
+            part, local = self._place(document)
+            start, stop = self._documents[part][local : local + 2, 0].tolist()
+            requests.append(Range(f"{self.manifest.parts[part].name}/trained.bin", start, stop))
+        return [np.frombuffer(content, np.uint8).astype(bool) for content in self._storage.read(requests)]
+
     def image_rows(self, part: int) -> np.ndarray:
         """[I, 6] of one part of the manifest, columns IMAGE_COLUMNS."""
         return self._images[part]
 
     def key(self, document: int) -> str:
         """Where a document came from."""
-        part, local = self._place(document)
-        start, stop = self._documents[part][local : local + 2, 2].tolist()
-        (content,) = self._storage.read([Range(f"{self.manifest.parts[part].name}/keys.bin", start, stop)])
-        return content.decode(errors="replace")
+        return self.keys([document])[0]
+
+    def keys(self, documents: Sequence[int]) -> list[str]:
+        """The same of several documents, in one batch of reads."""
+        requests = []
+        for document in documents:
+            part, local = self._place(document)
+            start, stop = self._documents[part][local : local + 2, 2].tolist()
+            requests.append(Range(f"{self.manifest.parts[part].name}/keys.bin", start, stop))
+        return [content.decode(errors="replace") for content in self._storage.read(requests)]
 
     def piece(self, document: int, start: int = 0, stop: int | None = None) -> Piece:
         """Stored tokens `start` to `stop` of a document, with the images among them."""

@@ -10,10 +10,11 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch.multiprocessing  # shares tensors with the receiver instead of copying them through the pipe
@@ -64,6 +65,8 @@ class WorkerPool:
         self._context = torch.multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
         self._ticket = 0
+        # Before multiprocessing waits, at exit, for workers that heed no SIGTERM.
+        Finalize(self, _end, args=(self._workers,), exitpriority=0)
 
     def run(self, indices: Iterable[Any]) -> Iterator[Any]:
         """One pass: `make(index)` for each index, in order. A pass that is given up does not disturb the next one.
@@ -97,12 +100,7 @@ class WorkerPool:
 
     def close(self) -> None:
         """End the workers."""
-        for worker in self._workers:
-            worker.pipe.close()
-            worker.process.terminate()
-        for worker in self._workers:
-            worker.process.join()
-        self._workers = []
+        _end(self._workers)
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
@@ -154,11 +152,21 @@ class WorkerPool:
             self._give(worker, task)
 
 
+def _end(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.pipe.close()
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join()
+    workers.clear()
+
+
 def _work(make: Make, pipe: Connection) -> None:
     """A worker's life."""
     use_one_core()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer stops it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a whole job's, to which the trainer sees
+        signal.signal(number, signal.SIG_IGN)
     try:
         while True:
             ticket, index = pipe.recv()
@@ -176,7 +184,7 @@ def _made(make: Make, index: Any) -> Any:
         return _Failure(traceback.format_exc(), is_users=False)
 
 
-def from_workers(pool: WorkerPool, indices: Iterable[Any]) -> Iterator[Any]:
+def from_workers(pool: WorkerPool, indices: Iterable[Any]) -> Generator[Any]:
     """A pass of a pool that ends with it."""
     try:
         yield from pool.run(indices)
@@ -184,7 +192,7 @@ def from_workers(pool: WorkerPool, indices: Iterable[Any]) -> Iterator[Any]:
         pool.close()
 
 
-def from_thread(make: Make, indices: Iterable[Any], *, prefetch: int) -> Iterator[Any]:
+def from_thread(make: Make, indices: Iterable[Any], *, prefetch: int) -> Generator[Any]:
     """`make(index)` for each index, made by a thread that runs ahead; its exceptions are raised here."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
     stopped = threading.Event()

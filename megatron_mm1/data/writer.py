@@ -72,12 +72,13 @@ class PartWriter:
         return len(self._images) // len(IMAGE_COLUMNS)
 
     def add(self, documents: Sequence[tuple[Document, Sequence[tuple[int, int]]]]) -> None:
-        """Append documents, each as BOS, its parts and EOS.
+        """Append documents, each as BOS, its parts and EOS, or as its parts where they are complete.
 
         Args:
             documents: each with (height, width) of its images; many at a time take a third of the time of each alone.
         """
-        texts = [part.text for document, _ in documents for part in document.parts if isinstance(part, Text)]
+        parts = (part for document, _ in documents for part in document.parts)
+        texts = [part.text for part in parts if isinstance(part, Text) and not part.spans]
         encoded = iter(self._tokenizer.encode_batch(texts))
         tokens, trained, keys = array("i"), bytearray(), bytearray()
         for document, sizes in documents:
@@ -100,11 +101,16 @@ class PartWriter:
     ) -> None:
         """Append one document to the tokens of a batch."""
         start = len(tokens)
-        tokens.append(self._tokenizer.bos_id)
-        trained.append(0)
+        if not document.complete:
+            tokens.append(self._tokenizer.bos_id)
+            trained.append(0)
         last_trained = True
         for part in document.parts:
             match part:
+                case Text() if part.spans:
+                    ids, offsets = self._tokenizer.encode_with_offsets(part.text)
+                    tokens.extend(ids)
+                    trained.extend(_overlaps(offsets, part.spans))
                 case Text():
                     ids = next(encoded)
                     tokens.extend(ids)
@@ -117,7 +123,7 @@ class PartWriter:
                 case Control():
                     tokens.append(self._tokenizer.control_id(part.symbol))
                     trained.append(int(part.trained))
-        if tokens[-1] != self._tokenizer.eos_id or len(tokens) == start + 1:
+        if not document.complete and (tokens[-1] != self._tokenizer.eos_id or len(tokens) == start + 1):
             tokens.append(self._tokenizer.eos_id)
             trained.append(int(last_trained))
 
@@ -136,6 +142,11 @@ class PartWriter:
         documents = np.frombuffer(self._documents, np.int64).reshape(-1, len(DOCUMENT_COLUMNS))
         images = np.frombuffer(self._images, np.int64).reshape(-1, len(IMAGE_COLUMNS))
         return files | write_index(self._folder, documents, images)
+
+
+def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> bytes:
+    """1 for each stretch of characters that has one in common with a span."""
+    return bytes(any(begin < stop and end > start for start, stop in spans) for begin, end in offsets)
 
 
 def checksum(data: bytes) -> int:

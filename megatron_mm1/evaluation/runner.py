@@ -1,41 +1,82 @@
-"""Runs tasks on a checkpoint."""
+"""Evaluates a checkpoint."""
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from tqdm import tqdm
+import xxhash
 
 from megatron_mm1.checkpoint.format import digest_of, find_checkpoint, read_metadata
-from megatron_mm1.data.records import Image, Text
 from megatron_mm1.errors import UserError
-from megatron_mm1.evaluation.contact_sheet import Panel, write_contact_sheet
-from megatron_mm1.evaluation.report import Figures, MeasuredItem, samples, table, write_results
-from megatron_mm1.evaluation.task import Item, Outcome, Task, build_task
+from megatron_mm1.evaluation.answers import Responder
+from megatron_mm1.evaluation.asking import ONE_COPY, Copies, ask
+from megatron_mm1.evaluation.fewshot import FewShot
+from megatron_mm1.evaluation.journal import Journal
+from megatron_mm1.evaluation.plan import ZERO_SHOT_SERIES, Condition, Series, plan
+from megatron_mm1.evaluation.report import write_report
+from megatron_mm1.evaluation.results import Result, measure
+from megatron_mm1.evaluation.tables import console, figures_table, refusals, samples, verdicts
+from megatron_mm1.evaluation.task import build_task
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.loading import AS_TRAINED, ParallelSizes, open_engine
 
-CONTACT_SHEET = "contact_sheet.png"
-_ITEMS_AT_A_TIME = 64
-_PANELS_PER_TASK = 12
+_JOURNAL = "finished"
+IMAGES_TOGETHER = 8
+"""Encoded at a time, always: resumed or not, and however many copies there are, an image becomes the same."""
+_SHOWN_REFUSALS = 5
 
 
 def evaluate_main(args: Namespace) -> None:
-    """`mm1 eval`: `args` has checkpoint, task (names), output, limit and the fields of `ParallelSizes`."""
+    """`mm1 eval`: `args` has checkpoint, task (names), data (TASK=DIR), output, limit, shots, control and the fields of
+    `FewShot` and `ParallelSizes`.
+    """
+    settings = FewShot(
+        seed=args.seed,
+        high_resolution=args.high_resolution,
+        high_resolution_shots=args.high_resolution_shots,
+        chain_of_thought=args.chain_of_thought,
+    )
     results = evaluate(
         args.checkpoint,
         args.task,
         args.output,
+        series=Series(shots=tuple(args.shots), with_control=args.control, settings=settings),
+        folders=_folders(args.data, args.task),
         limit=args.limit,
         sizes=ParallelSizes.of(args),
     )
     if results is not None:
-        print(samples(args.output))
-        print(table(results))
-        print(f"written to {args.output}")
+        print(samples(results))
+        print(console(figures_table(results)))
+        for line in verdicts(results):
+            print(line)
+        lines = refusals(results)
+        for line in lines[:_SHOWN_REFUSALS]:
+            print(f"not answered: {line}")
+        if len(lines) > _SHOWN_REFUSALS:
+            print(f"not answered: {len(lines) - _SHOWN_REFUSALS} more, see the report")
+        print(f"written to {args.output}: report.html, report.md, results.json, items.jsonl")
+
+
+def _folders(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
+    """Folders by task out of "TASK=DIR" options.
+
+    Raises:
+        UserError: an option has another form, or names a task that is not evaluated.
+    """
+    folders = {}
+    for option in given:
+        name, equals, folder = option.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"--data {option!r} is not of the form TASK=DIR")
+        if name not in tasks:
+            raise UserError(f"--data {option!r}: {name!r} is not evaluated; add --task {name}, or leave it out")
+        folders[name] = Path(folder)
+    return folders
 
 
 def evaluate(
@@ -43,77 +84,78 @@ def evaluate(
     tasks: Sequence[str],
     output: Path,
     *,
+    series: Series = ZERO_SHOT_SERIES,
+    folders: Mapping[str, Path] = MappingProxyType({}),
     limit: int | None = None,
     sizes: ParallelSizes = AS_TRAINED,
-) -> dict[str, Figures] | None:
-    """Run tasks on a checkpoint; every process of the job calls this.
-
-    Writes results.json, items.jsonl and, where a model that sees images generates text about them, contact_sheet.png.
+) -> list[Result] | None:
+    """Run tasks on a checkpoint; every process of the job calls this. An evaluation that was interrupted goes on.
 
     Args:
         checkpoint: a checkpoint, or a folder of them (the newest is taken).
         tasks: built-in names or import paths.
-        output: folder to write to.
+        output: folder to write to, see `report.write_report`.
+        series: how items are presented.
+        folders: of the tasks' data, by task; not of those that know their own.
         limit: items per task at most.
 
     Returns:
-        Figures by task on rank 0, None on the others.
+        The results on rank 0, None on the others.
 
     Raises:
-        UserError: a task, its data or the checkpoint cannot be used; nothing has been written.
+        UserError: a task, its data or the checkpoint cannot be used.
     """
-    built = {name: build_task(name) for name in dict.fromkeys(tasks)}
-    items = {name: list(task.items())[:limit] for name, task in built.items()}
-    for name, of_task in items.items():
-        if not of_task:
-            raise UserError(f"evaluation task {name!r} has no items")
+    built = {name: build_task(name, folders.get(name)) for name in dict.fromkeys(tasks)}
+    conditions = plan(built, series, limit=limit)
     checkpoint = find_checkpoint(checkpoint)
-    with open_engine(checkpoint, sizes=sizes) as engine:
-        outcomes = {name: run_items(engine, task, items[name], label=name) for name, task in built.items()}
-        config, is_writer = engine.config, torch.distributed.get_rank() == 0
+    identity = _identity(checkpoint)
+    with open_engine(checkpoint, sizes=sizes, images_together=IMAGES_TOGETHER) as engine:
+        parallel = asdict(engine.config.parallel)
+        journal = Journal(output / _JOURNAL, model=_digest(identity, parallel))
+        results = run(engine, conditions, copies=copies_of(engine), journal=journal)
+        sees_images, is_writer = not engine.config.data.text_only, torch.distributed.get_rank() == 0
     if not is_writer:
         return None
-    measured = {
-        name: [
-            MeasuredItem(item, outcome, task.measure(item, outcome))
-            for item, outcome in zip(items[name], outcomes[name], strict=True)
-        ]
-        for name, task in built.items()
-    }
-    sections = [] if config.data.text_only else _sections(measured)
-    if sections:
-        write_contact_sheet(output / CONTACT_SHEET, sections)
-    description = {"checkpoint": _identity(checkpoint), "parallel": asdict(config.parallel), "limit": limit}
-    return write_results(output, description, measured)
+    description = {"checkpoint": identity, "parallel": parallel, "few_shot": _described(series), "limit": limit}
+    write_report(output, description, results, name=identity["name"], with_images=sees_images)
+    return results
 
 
-def run_items(engine: Engine, task: Task, items: Sequence[Item], *, label: str) -> list[Outcome]:
-    """The outcome of each item, on every rank; each copy of the model does its share of the items."""
-    share = range(engine.replica, len(items), engine.num_replicas)
-    done: dict[int, Outcome] = {}
-    # None: shown on a terminal only.
-    is_silent = None if torch.distributed.get_rank() == 0 else True
-    with tqdm(total=len(share), desc=label, unit="item", disable=is_silent) as progress:
-        for start in range(0, len(share), _ITEMS_AT_A_TIME):
-            indices = share[start : start + _ITEMS_AT_A_TIME]
-            done.update(zip(indices, _run_together(engine, task, [items[i] for i in indices]), strict=True))
-            progress.update(len(indices))
-    gathered: list[dict[int, Outcome]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(gathered, done if engine.is_replica_leader else {})
-    everything = {index: outcome for part in gathered for index, outcome in part.items()}
-    return [everything[index] for index in range(len(items))]
+def run(
+    responder: Responder,
+    conditions: Sequence[Condition],
+    *,
+    copies: Copies = ONE_COPY,
+    journal: Journal | None = None,
+    on_chunk: Callable[[], None] | None = None,
+) -> list[Result]:
+    """The result of each condition, on every rank.
+
+    Args:
+        copies, journal, on_chunk: see `ask`.
+
+    Raises:
+        UserError: not one item of a condition was answered.
+    """
+    outcomes = ask(responder, conditions, copies=copies, journal=journal, on_chunk=on_chunk)
+    return [measure(condition, of_it) for condition, of_it in zip(conditions, outcomes, strict=True)]
 
 
-def _run_together(engine: Engine, task: Task, items: Sequence[Item]) -> list[Outcome]:
-    texts = [""] * len(items)
-    if task.max_new_tokens:
-        texts = engine.generate([item.prompt for item in items], max_new_tokens=task.max_new_tokens)
-    pairs = [pair for item in items for pair in item.scored]
-    scores = iter(engine.score([prompt for prompt, _ in pairs], [text for _, text in pairs]))
-    return [
-        Outcome(text=text.strip(), scores=tuple(next(scores) for _ in item.scored))
-        for item, text in zip(items, texts, strict=True)
-    ]
+def copies_of(engine: Engine) -> Copies:
+    replica = engine.replica
+    return Copies(count=replica.count, index=replica.index, speaks=replica.is_leader)
+
+
+def _described(series: Series) -> dict[str, Any]:
+    fields = asdict(series.settings)
+    del fields["permute_images"]
+    return {**fields, "shots": sorted(set(series.shots)), "control": series.with_control}
+
+
+def _digest(identity: Mapping[str, Any], parallel: Mapping[str, Any]) -> str:
+    """Names weights, code and layout: what answers depend on, to the last digit."""
+    known = (identity["digest"], identity["tokenizer"], identity["code_version"], sorted(parallel.items()))
+    return xxhash.xxh3_64_hexdigest(repr(known).encode())
 
 
 def _identity(checkpoint: Path) -> dict[str, Any]:
@@ -128,22 +170,3 @@ def _identity(checkpoint: Path) -> dict[str, Any]:
         "digest": digest_of(checkpoint),
         "code_version": metadata.code_version,
     }
-
-
-def _sections(measured: Mapping[str, Sequence[MeasuredItem]]) -> list[tuple[str, list[Panel]]]:
-    """The first items of each task that show an image and got an answer: their order is a fair sample."""
-    sections = []
-    for name, of_task in measured.items():
-        panels = [_panel(one) for one in of_task if one.outcome.text and _images(one.item)][:_PANELS_PER_TASK]
-        if panels:
-            sections.append((f"{name} (green: as the truth has it)", panels))
-    return sections
-
-
-def _panel(one: MeasuredItem) -> Panel:
-    question = "".join(part.text for part in one.item.prompt if isinstance(part, Text))
-    return Panel(image=_images(one.item)[0], question=question, output=one.outcome.text, reference=one.item.reference)
-
-
-def _images(item: Item) -> list[bytes]:
-    return [part.data for part in item.prompt if isinstance(part, Image)]

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from megatron_mm1.faults.liveness import (
@@ -30,6 +31,7 @@ from megatron_mm1.faults.liveness import (
     met_user_error,
     no_heartbeat,
 )
+from megatron_mm1.faults.stacks import write_stacks
 
 OWN_FAILURE = 1
 """Exit code of a rank whose own program raised an error; also Python's."""
@@ -84,11 +86,14 @@ class Watcher(threading.Thread):
         status: where the main thread is.
         interval: seconds between heartbeats.
         silence_limit: seconds without a heartbeat after which a rank counts as dead.
+        stacks: folder where ranks write their stacks down; None: they do not.
     """
 
-    def __init__(self, status: Callable[[], Status], *, interval: float, silence_limit: float) -> None:
+    def __init__(
+        self, status: Callable[[], Status], *, interval: float, silence_limit: float, stacks: Path | None
+    ) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.status, self.interval, self.silence_limit = status, interval, silence_limit
+        self.status, self.interval, self.silence_limit, self.stacks = status, interval, silence_limit, stacks
         self.parting: Parting | None = None
         self._wake, self._woken = socket.socketpair()
         self._error: BaseException | None = None
@@ -102,6 +107,14 @@ class Watcher(threading.Thread):
         self._wake.send(b"!")
         is_waiting = parting.kind == "failed in collective"
         self.join(2 * self.silence_limit + _FAREWELL_SECONDS if is_waiting else 2 * _FAREWELL_SECONDS)
+
+    def obey(self, verdict: Verdict) -> None:
+        """Leave behind what a verdict asks this rank for."""
+        status = self.status()
+        if verdict.with_stacks and self.stacks is not None:
+            write_stacks(self.stacks, status.rank, title=f"{status.who} {status.where}; {verdict.text}")
+        if status.rank in verdict.shown_by:
+            self.show()
 
     def show(self) -> None:
         """Print what this rank alone knows: its error, or else where its threads are."""
@@ -122,9 +135,9 @@ class Follower(Watcher):
     """
 
     def __init__(
-        self, status: Callable[[], Status], connection: socket.socket, *, token: str, leader: Status, **limits: float
+        self, status: Callable[[], Status], connection: socket.socket, *, token: str, leader: Status, **options: Any
     ) -> None:
-        super().__init__(status, **limits)
+        super().__init__(status, **options)
         self._lines, self._token, self._leader = Lines(connection), token, leader
         self._received: list[dict[str, Any]] = []
 
@@ -178,8 +191,7 @@ class Follower(Watcher):
         """Does what rank 0 says; whether it was the answer to a heartbeat."""
         if "verdict" in message:
             verdict = Verdict(**message["verdict"])
-            if self.status().rank in verdict.shown_by:
-                self.show()
+            self.obey(verdict)
             os._exit(verdict.exit_code)  # rank 0 has printed it
         if "left" in message:
             if message["left"] is not None:
@@ -220,9 +232,9 @@ class Leader(Watcher):
     """
 
     def __init__(
-        self, status: Callable[[], Status], listener: socket.socket, *, token: str, roll: RollCall, **limits: float
+        self, status: Callable[[], Status], listener: socket.socket, *, token: str, roll: RollCall, **options: Any
     ) -> None:
-        super().__init__(status, **limits)
+        super().__init__(status, **options)
         self._listener, self._token, self._roll = listener, token, roll
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -294,10 +306,10 @@ class Leader(Watcher):
             self._roll.lose(lines.rank)
 
     def _end(self, verdict: Verdict, *, exit_code: int | None = None) -> NoReturn:
-        say(verdict.text)
+        stacks = f"; the stacks of every rank are in {self.stacks}" if verdict.with_stacks and self.stacks else ""
+        say(verdict.text + stacks)
         self._farewell({"verdict": asdict(verdict)})
-        if 0 in verdict.shown_by:
-            self.show()
+        self.obey(verdict)
         os._exit(verdict.exit_code if exit_code is None else exit_code)
 
     def _farewell(self, message: dict[str, Any]) -> None:

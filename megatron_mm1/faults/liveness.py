@@ -3,8 +3,11 @@
 Rules only: no socket and no clock; times are passed in, in seconds of rank 0's monotonic clock.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from megatron_mm1.faults.stacks import waits_for_others
 
 PEER_FAILED = 3
 """Exit code of a rank that ends because another one is dead or has failed, or because nothing moves any more."""
@@ -28,6 +31,7 @@ class Status:
         phase: what it does there.
         moves: how often step or phase have changed; all ranks go through the same ones, so fewer moves are behind.
         settled: it has done a step. Before that, kernels compile and data is built.
+        place: where in the program its main thread stands (`stacks.place_of`).
     """
 
     rank: int
@@ -37,6 +41,7 @@ class Status:
     phase: str = "start"
     moves: int = 0
     settled: bool = False
+    place: str = ""
 
     @property
     def who(self) -> str:
@@ -55,11 +60,13 @@ class Verdict:
         text: one line for the user.
         shown_by: ranks that print what they know besides: the traceback of their error, or their threads' stacks.
         exit_code: of every rank that ends because of it.
+        with_stacks: every rank writes down where its threads stand.
     """
 
     text: str
     shown_by: tuple[int, ...] = ()
     exit_code: int = PEER_FAILED
+    with_stacks: bool = False
 
 
 def died(dead: Iterable[Status], why: str, *, step: int) -> Verdict:
@@ -174,7 +181,7 @@ class RollCall:
         if min(self._heard.values()) <= since + self.interval:
             return None
         text = f"a collective failed on {status.who} {status.where}: {message}; {self._order()}"
-        return Verdict(text=text, shown_by=(status.rank,))
+        return Verdict(text=text, shown_by=(status.rank,), with_stacks=True)
 
     def _standstill(self, now: float) -> Verdict | None:
         statuses = self._statuses.values()
@@ -182,20 +189,39 @@ class RollCall:
             return None
         if not all(status.settled and status.phase != _UNLIMITED for status in statuses):
             return None
-        behind = tuple(status.rank for status in self._behind())
+        late = self._behind() or self._elsewhere() or self._statuses.values()
         return Verdict(
-            text=f"no progress for {self.standstill_limit:.0f} s: {self._order()}", shown_by=behind[:_NAMED_AT_MOST]
+            text=f"no progress for {self.standstill_limit:.0f} s: {self._order()}",
+            shown_by=tuple(status.rank for status in late)[:_NAMED_AT_MOST],
+            with_stacks=True,
         )
 
     def _behind(self) -> list[Status]:
-        fewest = min(status.moves for status in self._statuses.values())
-        return [status for status in self._statuses.values() if status.moves == fewest]
+        """The ranks that have made the fewest moves; none if all have made equally many."""
+        moves = [status.moves for status in self._statuses.values()]
+        return [status for status in self._statuses.values() if status.moves == min(moves) < max(moves)]
+
+    def _elsewhere(self) -> list[Status]:
+        """The ranks that are not where the others wait for them: not in communication, where others are; else not where
+        most are. With collectives of GPUs all may stand in their wait for the device."""
+        statuses = list(self._statuses.values())
+        busy = [status for status in statuses if not waits_for_others(status.place)]
+        if 0 < len(busy) < len(statuses):
+            return busy
+        (place, count), *_ = Counter(status.place for status in statuses).most_common()
+        return [status for status in statuses if status.place != place] if 2 * count > len(statuses) else []
 
     def _order(self) -> str:
         """Who is behind, in words."""
         behind, first = self._behind(), max(self._statuses.values(), key=lambda status: status.moves)
-        if len(behind) == len(self._statuses):
-            return f"all ranks are {first.where}"
+        if not behind:
+            places = Counter(status.place for status in self._statuses.values() if status.place).most_common()
+            text = f"all ranks are {first.where}"
+            if elsewhere := self._elsewhere():
+                late = _listed(f"{status.who} {status.place}" for status in elsewhere)
+                waiting = next(place for place, _ in places if place not in {status.place for status in elsewhere})
+                return f"{text}, most {waiting}; elsewhere: {late}"
+            return f"{text}: {_listed(f'{count} {place}' for place, count in places)}" if places else text
         return f"behind: {_listed(f'{status.who} {status.where}' for status in behind)}; foremost: {first.where}"
 
 

@@ -2,11 +2,13 @@
 
 import os
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -14,6 +16,7 @@ from megatron_mm1.errors import UserError
 from megatron_mm1.faults.heartbeat import OWN_FAILURE, Follower, Leader, Parting, Watcher
 from megatron_mm1.faults.liveness import RollCall, Status
 from megatron_mm1.faults.meeting import join_meeting, open_meeting
+from megatron_mm1.faults.stacks import place_of
 
 INTERVAL = 1.0
 """Seconds between a rank's heartbeats; longer where there are so many ranks that rank 0 would be kept busy."""
@@ -26,9 +29,14 @@ class Pulse:
 
     def __init__(self, rank: int = 0) -> None:
         self.status = Status(rank=rank, host=socket.gethostname(), pid=os.getpid())
+        self._thread = threading.get_ident()
+
+    def observed(self) -> Status:
+        """Where the main thread is, and where in the program; any thread may ask."""
+        return replace(self.status, place=place_of(self._thread))
 
     def enter(self, phase: str, *, step: int) -> None:
-        """Begin a phase of a step: "data", "step", "validation", "checkpoint", "end"."""
+        """Begin a phase of a step: "data", "step", "validation", "evaluation", "checkpoint", "end"."""
         before = self.status
         # One assignment, so that the other thread never reads half of it.
         self.status = replace(
@@ -42,7 +50,13 @@ class Pulse:
 
 @contextmanager
 def watched(
-    store: torch.distributed.Store, *, rank: int, world_size: int, silence_limit: float, standstill_limit: float
+    store: torch.distributed.Store,
+    *,
+    rank: int,
+    world_size: int,
+    silence_limit: float,
+    standstill_limit: float,
+    stacks: Path | None = None,
 ) -> Iterator[Pulse]:
     """Watch the ranks while the block runs; the block keeps the pulse up to date.
 
@@ -55,6 +69,7 @@ def watched(
         silence_limit: seconds without a heartbeat after which a rank counts as dead; 0: the ranks are not watched.
         standstill_limit: seconds without any rank's step or phase changing after which the job counts as stuck. It
             holds from the end of the first step, and not during checkpoints.
+        stacks: folder where every rank then writes down where its threads stand; None: nowhere.
 
     Raises:
         UserError: rank 0 cannot be reached.
@@ -69,10 +84,10 @@ def watched(
     if rank == 0:
         listener, token = open_meeting(store, world_size=world_size, leader=pulse.status)
         roll = RollCall(world_size, standstill_limit=standstill_limit, now=time.monotonic(), **limits)
-        watcher = Leader(lambda: pulse.status, listener, token=token, roll=roll, **limits)
+        watcher = Leader(pulse.observed, listener, token=token, roll=roll, stacks=stacks, **limits)
     else:
         connection, token, leader = join_meeting(store)
-        watcher = Follower(lambda: pulse.status, connection, token=token, leader=leader, **limits)
+        watcher = Follower(pulse.observed, connection, token=token, leader=leader, stacks=stacks, **limits)
     watcher.start()
     try:
         yield pulse

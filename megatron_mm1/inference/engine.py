@@ -1,305 +1,132 @@
-"""Text out of a model: greedy generation, and the likelihood of given text, under any parallel layout."""
+"""Answers to requests, from a model in any parallel layout: generated text, and the likelihood of given text."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from megatron_mm1.config import MM1Config
-from megatron_mm1.data.assemble import Assembler, Row
-from megatron_mm1.data.batch import IGNORE, PackedBatch
-from megatron_mm1.data.images import ImageProcessor
-from megatron_mm1.data.records import Image, Text
-from megatron_mm1.data.source import Piece
+from megatron_mm1.config.derived import fp8_recipes, padded_vocab_size
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
+from megatron_mm1.inference.features import ImageFeatures
+from megatron_mm1.inference.generation import Continuation, Generator, TextCallback
+from megatron_mm1.inference.prompts import EncodedPrompt, PromptEncoder
+from megatron_mm1.inference.replica import Replica
+from megatron_mm1.inference.requests import Failure, Generation, GenerationRequest, Score, ScoringRequest
+from megatron_mm1.inference.sampling import VocabularyPart
+from megatron_mm1.inference.scoring import Scorer, Target
 from megatron_mm1.parallel.device import device
-from megatron_mm1.training.build import unwrap
-
-Prompt = Sequence[Text | Image]
-"""What the model is given: text and images in reading order, tokenized part by part as training data is."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Likelihood of a continuation.
-
-    Attributes:
-        log_likelihood: summed over its tokens, nats.
-        num_tokens: its tokens, the end of text included.
-    """
-
-    log_likelihood: float
-    num_tokens: int
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return -self.log_likelihood / self.num_tokens
-
-
-@dataclass(frozen=True)
-class _ImageTokens:
-    """Images of a batch, encoded once however many rows show them.
-
-    Attributes:
-        tokens: [images, tokens_per_image, hidden_size]; None on ranks that do not encode.
-        index: which of them an image's bytes are.
-    """
-
-    tokens: Tensor | None
-    index: dict[bytes, int]
-
-    def of(self, pieces: Sequence[Piece]) -> Tensor | None:
-        """The image tokens of `pieces`, in reading order; None where they have no image."""
-        if self.tokens is None or not any(piece.images for piece in pieces):
-            return None
-        images = [self.index[image] for piece in pieces for image in piece.images if image is not None]
-        return self.tokens[torch.tensor(images, dtype=torch.int64, device=self.tokens.device)]
 
 
 class Engine:
-    """Runs a model forward on prompts. All ranks of a replica call it with the same arguments and get the same results.
+    """Answers lists of requests. All ranks of a replica call it with the same ones and get the same answers.
+
+    Weights are used where they are: a model that is being trained can be asked between two steps and is afterwards as
+    it was. An engine keeps what it made of images, so make a new one when the weights have changed.
 
     Args:
         config: of the model, in the layout of `pg_collection`.
-        model: this rank's stage, with its weights.
+        model: this rank's stage with its weights, or its virtual stages in order, whatever wraps them.
         pg_collection: the process groups of this layout.
-        batch_size: prompts that run together.
+        batch_size: continuations that are generated together.
+        max_positions: of prompts that go through the model in one pass.
+        image_cache_bytes: of host memory for image tokens, from which the image used longest ago goes first.
+        images_together: see `ImageFeatures`; for answers that are the same to the last digit whatever was asked before.
+
+    Raises:
+        UserError: the model cannot be run on prompts.
     """
 
     def __init__(
         self,
         config: MM1Config,
-        model: torch.nn.Module,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
         tokenizer: Tokenizer,
         *,
         pg_collection: ProcessGroupCollection,
         batch_size: int = 64,
+        max_positions: int = 8192,
+        image_cache_bytes: int = 4 * 2**30,
+        images_together: int | None = None,
     ) -> None:
-        self.config = config
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.pg_collection = pg_collection
-        self.batch_size = batch_size
-        if config.data.image_tiling != "none" and not config.data.text_only:
-            raise UserError(
-                f"this model was trained with data.image_tiling {config.data.image_tiling}: inference takes whole "
-                "images only and cannot run it"
-            )
-        self._processor = ImageProcessor.of(config)
-        self._assembler = Assembler.of(config, tokenizer)
-
-    @property
-    def num_replicas(self) -> int:
-        """How many copies of the model the job holds; each can work on prompts of its own."""
-        groups = self.pg_collection
-        return groups.dp.size() * groups.tp.size() // self._replica_span
-
-    @property
-    def replica(self) -> int:
-        """Which copy this rank belongs to."""
-        return self._rank_in_stage // self._replica_span
-
-    @property
-    def is_replica_leader(self) -> bool:
-        """True on one rank of each copy."""
-        return self.pg_collection.pp.rank() == 0 and self._rank_in_stage % self._replica_span == 0
-
-    @property
-    def _replica_span(self) -> int:
-        """Ranks of a pipeline stage that must run in step: those that share tensors or experts."""
-        return math.lcm(self.pg_collection.tp.size(), self.pg_collection.ep.size())
-
-    @property
-    def _rank_in_stage(self) -> int:
-        return self.pg_collection.dp.rank() * self.pg_collection.tp.size() + self.pg_collection.tp.rank()
-
-    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
-        """Continue each prompt greedily until the end of text or `max_new_tokens` tokens.
-
-        The whole sequence runs again for every token: there is no key/value cache yet. Of equally likely tokens the
-        lowest id is taken; images, padding and the beginning of text are never generated.
-
-        Raises:
-            UserError: an image cannot be decoded, or a prompt and its continuation do not fit the model's sequence.
-        """
-        return [self.tokenizer.decode(ids) for ids in self.generate_ids(prompts, max_new_tokens=max_new_tokens)]
-
-    @torch.no_grad()
-    def generate_ids(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[list[int]]:
-        """Token ids of what `generate` returns, without the end of text."""
-        pieces = [self._piece(prompt) for prompt in prompts]
-        self._check_lengths(pieces, new_tokens=max_new_tokens)
-        generated: list[list[int]] = [[] for _ in prompts]
-        for batch in self._batches(pieces):
-            image_tokens = self._encode([pieces[index] for index in batch])
-            unfinished = batch
-            for _ in range(max_new_tokens):
-                so_far = [_extend(pieces[index], generated[index]) for index in unfinished]
-                tokens = self._run(so_far, image_tokens, self._next_tokens, return_logits=True)
-                going_on = []
-                for index, token in zip(unfinished, map(int, tokens), strict=True):
-                    if token != self.tokenizer.eos_id:
-                        generated[index].append(token)
-                        going_on.append(index)
-                unfinished = going_on
-                if not unfinished:
-                    break
-        return generated
-
-    @torch.no_grad()
-    def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
-        """How likely each continuation, and the end of the text after it, is behind its prompt.
-
-        Raises:
-            UserError: as `generate`.
-        """
-        pieces = []
-        for prompt, continuation in zip(prompts, continuations, strict=True):
-            ids = [*self.tokenizer.encode(continuation), self.tokenizer.eos_id]
-            pieces.append(_extend(self._piece(prompt), ids, trained=True))
-        self._check_lengths(pieces)
-        scores: dict[int, Score] = {}
-        for batch in self._batches(pieces):
-            members = [pieces[index] for index in batch]
-            sums = self._run(members, self._encode(members), _log_likelihoods)
-            for index, piece, log_likelihood in zip(batch, members, sums, strict=True):
-                scores[index] = Score(log_likelihood=log_likelihood, num_tokens=int(piece.trained.sum()))
-        return [scores[index] for index in range(len(pieces))]
-
-    def _piece(self, prompt: Prompt) -> Piece:
-        """A prompt as a stored document has it, but without the end of text and with nothing trained."""
-        tokens = [self.tokenizer.bos_id]
-        for part in prompt:
-            tokens += [self.tokenizer.image_id] if isinstance(part, Image) else self.tokenizer.encode(part.text)
-        return Piece(
-            tokens=np.asarray(tokens, np.int64),
-            trained=np.zeros(len(tokens), bool),
-            images=tuple(part.data for part in prompt if isinstance(part, Image)),
+        _check(config)
+        self.config, self.tokenizer, self.pg_collection = config, tokenizer, pg_collection
+        self.replica = Replica([model] if isinstance(model, torch.nn.Module) else model, pg_collection)
+        self.features = ImageFeatures(config, self.replica, capacity_bytes=image_cache_bytes, together=images_together)
+        self._encode = PromptEncoder.of(config, tokenizer)
+        part = _vocabulary_part(config, tokenizer, pg_collection)
+        self._generator = Generator(
+            self.replica, self.features, part, batch_size=batch_size, max_positions=max_positions
         )
+        self._scorer = Scorer(self.replica, self.features, part, max_positions=max_positions)
 
-    def _length(self, piece: Piece) -> int:
-        per_image = 0 if self._assembler.text_only else self._assembler.tokens_per_image
-        return len(piece.tokens) + len(piece.images) * (per_image - 1)
-
-    def _check_lengths(self, pieces: Sequence[Piece], *, new_tokens: int = 0) -> None:
-        longest, limit = max(map(self._length, pieces), default=0), self.config.data.seq_length
-        if longest + new_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest} positions and {new_tokens} new tokens do not fit the {limit} positions the "
-                "model was trained with: shorten the prompt or ask for fewer tokens"
-            )
-
-    def _batches(self, pieces: Sequence[Piece]) -> Iterator[list[int]]:
-        """Indices of pieces that run together, of similar length so that little is padded."""
-        order = sorted(range(len(pieces)), key=lambda index: self._length(pieces[index]))
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
-
-    def _encode(self, pieces: Sequence[Piece]) -> _ImageTokens:
-        """Encode every image of `pieces`, on the first pipeline stage."""
-        stored = [] if self._assembler.text_only else [image for piece in pieces for image in piece.images]
-        images = [image for image in stored if image is not None]  # a prompt has none that is damaged
-        distinct = list(dict.fromkeys(images))
-        index = {image: number for number, image in enumerate(distinct)}
-        if not distinct or self.pg_collection.pp.rank() > 0:
-            return _ImageTokens(tokens=None, index=index)
-        encoded = []
-        for start in range(0, len(distinct), self.batch_size):
-            pixels, decoded = self._processor(distinct[start : start + self.batch_size])
-            if not all(decoded):
-                raise UserError(f"image {start + decoded.index(False) + 1} of the prompts cannot be decoded")
-            encoded.append(unwrap(self.model).encode(pixels.to(device())))
-        return _ImageTokens(tokens=torch.cat(encoded), index=index)
-
-    def _assemble(self, pieces: Sequence[Piece]) -> PackedBatch:
-        """One piece per row, padded on the right to a length that sequence parallelism can split."""
-        multiple = self.pg_collection.tp.size() if self.config.parallel.sequence_parallel else 1
-        seq_length = -(-max(map(self._length, pieces)) // multiple) * multiple
-        assembler = replace(self._assembler, seq_length=seq_length)
-        return assembler([Row([0], [piece]) for piece in pieces]).to(device())
-
-    def _run(
-        self,
-        pieces: Sequence[Piece],
-        image_tokens: _ImageTokens,
-        read: Callable[[PackedBatch, Tensor], Tensor],
-        *,
-        return_logits: bool = False,
-    ) -> list[float]:
-        """One forward pass through all pipeline stages.
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, on_text: TextCallback | None = None
+    ) -> list[Generation | Failure]:
+        """Continue prompts; the beginning of text, padding and images are never generated.
 
         Args:
-            read: makes one number per row ([B], any dtype) out of what the last stage returns.
+            on_text: called on every rank with the index of a request and each piece of its text that is certain.
+
+        Returns:
+            An answer for each request, in their order.
         """
-        batch = self._assemble(pieces)
-        features = image_tokens.of(pieces)
-        forward = partial(
-            _forward_step, image_tokens=() if features is None else (features,), read=read, return_logits=return_logits
+        answers: dict[int, Generation | Failure] = {}
+        continuations = []
+        for index, request in enumerate(requests):
+            try:
+                prompt = self._encode(request.prompt, new_tokens=request.max_new_tokens)
+            except UserError as error:
+                answers[index] = Failure(str(error))
+                continue
+            continuations.append(Continuation(index, request, prompt, tokenizer=self.tokenizer, on_text=on_text))
+        with self.replica.answering():
+            for one in self._generator.run(continuations):
+                answers[one.index] = self._undecodable(one.prompt) if one.finish_reason is None else one.result()
+        return [answers[index] for index in range(len(requests))]
+
+    def score(self, requests: Sequence[ScoringRequest]) -> list[Score | Failure]:
+        """How likely each continuation is behind its prompt, in the order of the requests."""
+        answers: dict[int, Score | Failure] = {}
+        targets = []
+        for index, request in enumerate(requests):
+            ids = self.tokenizer.encode(request.continuation) + [self.tokenizer.eos_id] * request.with_end
+            try:
+                if not ids:
+                    raise UserError("the continuation is empty, and its end is not to be counted: nothing to score")
+                targets.append(Target(index, self._encode(request.prompt, new_tokens=len(ids)), tuple(ids)))
+            except UserError as error:
+                answers[index] = Failure(str(error))
+        with self.replica.answering():
+            for target, values in self._scorer.run(targets):
+                answers[target.index] = self._undecodable(target.prompt) if values is None else Score(values)
+        return [answers[index] for index in range(len(requests))]
+
+    def _undecodable(self, prompt: EncodedPrompt) -> Failure:
+        numbers = [number for number, (key, _, _) in enumerate(prompt.images, 1) if self.features.is_unusable(key)]
+        return Failure(f"image {numbers[0]} of the prompt cannot be decoded")
+
+
+def _check(config: MM1Config) -> None:
+    if config.data.image_tiling != "none" and not config.data.text_only:
+        raise UserError(
+            f"this model was trained with data.image_tiling {config.data.image_tiling}: inference takes whole images "
+            "only and cannot run it"
         )
-        groups = self.pg_collection
-        stages = groups.pp.size()
-        transformer_config = unwrap(self.model).config
-        outputs = get_forward_backward_func(pp_size=stages, vp_size=None)(
-            forward_step_func=forward,
-            data_iterator=iter([batch]),
-            model=[self.model],
-            num_microbatches=1,
-            seq_length=batch.tokens.numel(),  # the decoder sees a microbatch as one flattened sequence
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-            p2p_communicator=P2PCommunicator(pp_group=groups.pp, config=transformer_config) if stages > 1 else None,
-            pg_collection=groups,
+    scaled_by_history = [part for part, recipe in fp8_recipes(config.fp8).items() if recipe == "fp8_delayed"]
+    if scaled_by_history:
+        raise UserError(
+            f"the {' and the '.join(scaled_by_history)}: multiplied by fp8_delayed, whose scales remember what goes "
+            "through them, so that asking the model would change its training: ask a checkpoint, or use another recipe"
         )
-        numbers = outputs[0].double() if outputs else torch.empty(len(pieces), dtype=torch.float64, device=device())
-        # Every rank must take the same decisions: what it computed itself could differ from its peers' by rounding.
-        torch.distributed.broadcast(numbers, group_src=stages - 1, group=groups.pp)
-        for group in (groups.tp, groups.ep):
-            torch.distributed.broadcast(numbers, group_src=0, group=group)
-        return numbers.tolist()
-
-    def _next_tokens(self, batch: PackedBatch, logits: Tensor) -> Tensor:
-        """[B] the likeliest token after each row's last, of those that text is made of."""
-        last = (batch.segment_ids > 0).sum(dim=1) - 1
-        logits = logits[torch.arange(len(last), device=last.device), last, : self.tokenizer.vocab_size].float()
-        ids = self.tokenizer
-        for token in {ids.image_id, ids.pad_id, ids.bos_id} - {ids.eos_id}:  # one id may both pad and end texts
-            logits[:, token] = -math.inf
-        return logits.argmax(dim=-1)  # the first of equals
 
 
-def _forward_step(
-    batches: Iterator[PackedBatch],
-    model: torch.nn.Module,
-    *,
-    image_tokens: Sequence[Tensor],
-    read: Callable[[PackedBatch, Tensor], Tensor],
-    return_logits: bool,
-) -> tuple[Tensor, Callable[..., Tensor]]:
-    """As the schedule wants it: the stage's output, and what turns the last stage's into the result."""
-    batch = next(batches)
-    output = model(batch, image_tokens=image_tokens, return_logits=return_logits)
-    return output, lambda output, non_loss_data: read(batch, output)
-
-
-def _log_likelihoods(batch: PackedBatch, losses: Tensor) -> Tensor:
-    """[B] the summed log-likelihood of each row's trained tokens."""
-    return -losses.double().view_as(batch.labels).masked_fill(batch.labels == IGNORE, 0.0).sum(dim=1)
-
-
-def _extend(piece: Piece, ids: Sequence[int], *, trained: bool = False) -> Piece:
-    """`piece` with more text behind it."""
-    return replace(
-        piece,
-        tokens=np.concatenate([piece.tokens, np.asarray(ids, np.int64)]),
-        trained=np.concatenate([piece.trained, np.full(len(ids), trained)]),
-    )
+def _vocabulary_part(config: MM1Config, tokenizer: Tokenizer, groups: ProcessGroupCollection) -> VocabularyPart:
+    size = padded_vocab_size(config.model.decoder.vocab_size, groups.tp.size()) // groups.tp.size()
+    tokens = torch.arange(size) + groups.tp.rank() * size
+    never = {tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id} - {
+        tokenizer.eos_id
+    }  # one id may pad and end texts
+    allowed = (tokens < tokenizer.vocab_size) & ~torch.isin(tokens, torch.tensor(sorted(never)))
+    return VocabularyPart(groups.tp, groups.tp.rank() * size, allowed.to(device()))

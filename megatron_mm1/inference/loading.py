@@ -44,11 +44,14 @@ AS_TRAINED = ParallelSizes()
 
 
 @contextmanager
-def open_engine(checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED) -> Iterator[Engine]:
+def open_engine(
+    checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED, batch_size: int = 64, images_together: int | None = None
+) -> Iterator[Engine]:
     """Join the job, load the checkpoint's weights, and leave the job when the block ends.
 
     Args:
         checkpoint: a checkpoint, or a folder of them (the newest is taken).
+        batch_size, images_together: see `Engine`.
 
     Raises:
         UserError: the checkpoint, its tokenizer or the layout cannot be used.
@@ -67,7 +70,14 @@ def open_engine(checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED) -> Itera
         model = build_module(config, backend=backend, pg_collection=groups)
         if missing := load_weights(checkpoint, [model], pg_collection=groups):
             raise UserError(f"{checkpoint} lacks the {' and the '.join(missing)}: train from it first")
-        yield Engine(config, model, tokenizer, pg_collection=groups)
+        yield Engine(
+            config,
+            model,
+            tokenizer,
+            pg_collection=groups,
+            batch_size=batch_size,
+            images_together=images_together,
+        )
         torch.distributed.barrier()
         destroy_process_groups()
     finally:
@@ -99,5 +109,6 @@ def inference_config(saved: MM1Config, *, sizes: ParallelSizes, world_size: int)
         overlap_grad_reduce=False,
     )
     # Validation wants a global batch that the processes divide.
-    training = replace(saved.training, global_batch_size=saved.training.micro_batch_size * world_size, freeze=())
+    batch = saved.training.micro_batch_size * world_size
+    training = replace(saved.training, global_batch_size=batch, batch_size_ramp=(), freeze=(), frozen_steps={})
     return replace(saved, parallel=parallel, training=training, fp8=Fp8Config())

@@ -8,9 +8,11 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
 from megatron_mm1.config import Fp8Config, MM1Config, TrainingConfig
 from megatron_mm1.config.derived import fp8_recipes, padded_vocab_size
+from megatron_mm1.model.output_loss import cross_entropy_with_z_loss
 from megatron_mm1.model.precision import fp8_settings
 from megatron_mm1.model.specs import decoder_stack_spec
 from megatron_mm1.parallel.device import has_weight_gradient_kernel
@@ -127,6 +129,21 @@ def _recomputation(training: TrainingConfig) -> dict[str, Any]:
             return {}
 
 
+class Decoder(HybridModel):
+    """megatron-core's HybridModel whose loss has a z-loss where `z_loss_coeff` is not 0."""
+
+    z_loss_coeff = 0.0
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """[b, s] labels and [s, b, vocabulary / tensor-parallel size] logits -> [b, s] losses."""
+        if not self.z_loss_coeff:
+            losses: Tensor = super().compute_language_model_loss(labels, logits)
+            return losses
+        group = self.pg_collection.tp
+        losses = cross_entropy_with_z_loss(logits, labels.t(), coefficient=self.z_loss_coeff, group=group)
+        return losses.t().contiguous()
+
+
 def build_decoder(
     config: MM1Config,
     transformer_config: TransformerConfig,
@@ -136,13 +153,13 @@ def build_decoder(
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None = None,
-) -> HybridModel:
+) -> Decoder:
     """This rank's part of the decoder, or of its virtual stage.
 
     The embedding returns whole sequences also under sequence parallelism: images are injected before the scatter.
     """
     decoder = config.model.decoder
-    model = HybridModel(
+    model = Decoder(
         transformer_config,
         decoder_stack_spec(
             backend,
@@ -163,6 +180,7 @@ def build_decoder(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    model.z_loss_coeff = config.training.output_z_loss_coeff
     if decoder.rope_scaling_factor is not None:  # HybridModel does not hand it on
         model.rotary_pos_emb = RotaryEmbedding(
             kv_channels=transformer_config.kv_channels,

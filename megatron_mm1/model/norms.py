@@ -37,8 +37,17 @@ class LocalNorm(torch.nn.Module):
         if self.bias is not None:
             return torch.nn.functional.layer_norm(hidden_states, self.shape, self.weight, self.bias, self.eps)
         if hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32:
-            return _RMSNorm.apply(hidden_states, self.weight, self.eps)
+            if torch.is_grad_enabled():
+                return _RMSNorm.apply(hidden_states, self.weight, self.eps)
+            return _normalise(hidden_states, self.eps)[0].mul_(self.weight)
         return torch.nn.functional.rms_norm(hidden_states, self.shape, self.weight, self.eps)
+
+
+def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x of root mean square 1 in the last dimension, and what it was multiplied by [.., 1]."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x * scale, scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -46,9 +55,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        normalised = x * scale
+        normalised, scale = _normalise(x, eps)
         ctx.save_for_backward(normalised, scale, weight)
         return normalised * weight
 

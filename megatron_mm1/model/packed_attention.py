@@ -102,9 +102,15 @@ class PackedAttention(LocalAttention):
     def _attend_batched(self, query: Tensor, key: Tensor, value: Tensor, equal: EqualExamples) -> Tensor:
         """[T, heads * head_dim]."""
         rows = equal.examples * equal.length
-        batched = (x[:rows].unflatten(0, (equal.examples, equal.length)).transpose(1, 2) for x in (query, key, value))
+        query_batch, key_batch, value_batch = (
+            x[:rows].unflatten(0, (equal.examples, equal.length)).transpose(1, 2) for x in (query, key, value)
+        )
         context = torch.nn.functional.scaled_dot_product_attention(
-            *batched, scale=self.softmax_scale, enable_gqa=key.shape[1] != query.shape[1]
+            query_batch,
+            key_batch,
+            value_batch,
+            scale=self.softmax_scale,
+            enable_gqa=key.shape[1] != query.shape[1],
         )
         context = context.transpose(1, 2).reshape(rows, -1)
         return torch.nn.functional.pad(context, (0, 0, 0, len(query) - rows)) if rows < len(query) else context

@@ -15,7 +15,6 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -32,6 +31,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_mm1.config.schema import AttentionKernel, Fp8Recipe
 from megatron_mm1.model.activations import SwiGLU
 from megatron_mm1.model.attention import LocalAttention
+from megatron_mm1.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megatron_mm1.model.norms import LocalNorm
 from megatron_mm1.model.packed_attention import PackedAttention
 from megatron_mm1.model.precision import making_weights, with_recipe
@@ -74,8 +74,8 @@ def _modules(backend: str, *, context_parallel: bool, attention_kernel: Attentio
         return _Modules(
             stack=LocalHybridStack,
             norm=LocalNorm,
-            column_parallel=ColumnParallelLinear,
-            row_parallel=RowParallelLinear,
+            column_parallel=LocalColumnParallelLinear,
+            row_parallel=LocalRowParallelLinear,
             core_attention=LocalAttention,
             mask=AttnMaskType.arbitrary,  # the mask given at run time says everything
             activation=SwiGLU,

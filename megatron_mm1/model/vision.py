@@ -11,7 +11,6 @@ import torch
 from megatron.core.activations import quick_gelu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -27,6 +26,7 @@ from megatron_mm1.config.schema import AttentionKernel, Fp8Recipe, ParallelConfi
 from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.extension import resolve
 from megatron_mm1.model.attention import LocalAttention
+from megatron_mm1.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megatron_mm1.model.norms import LocalNorm
 from megatron_mm1.model.packed_attention import EqualExamples, PackedAttention
 from megatron_mm1.model.positions import interpolate_positions
@@ -125,7 +125,7 @@ def vision_layer_spec(backend: str, *, attention_kernel: AttentionKernel = "torc
     attention: type
     if backend == "local":
         norm, fused_norm_names = LocalNorm, dict(FUSED_NORM_NAMES)
-        column, row, attention = ColumnParallelLinear, RowParallelLinear, LocalAttention
+        column, row, attention = LocalColumnParallelLinear, LocalRowParallelLinear, LocalAttention
     else:
         from megatron.core.extensions import transformer_engine as te
 

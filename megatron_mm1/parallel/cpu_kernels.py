@@ -29,14 +29,15 @@ def rotate(x: Tensor, freqs: Tensor, *, interleaved: bool = False) -> Tensor:
         interleaved: must be False: element i turns with element i + head_dim / 2.
     """
     assert not interleaved and freqs.shape[-1] == x.shape[-1]
-    return _Rotation.apply(x, freqs)
+    if torch.is_grad_enabled():
+        return _Rotation.apply(x, freqs)
+    return _turn(x, *_cos_and_sin(x, freqs))
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, freqs: Tensor) -> Tensor:
-        half = freqs[..., : freqs.shape[-1] // 2]
-        cos, sin = half.cos().to(x.dtype), half.sin().to(x.dtype)
+        cos, sin = _cos_and_sin(x, freqs)
         ctx.save_for_backward(cos, sin)
         return _turn(x, cos, sin)
 
@@ -45,6 +46,11 @@ class _Rotation(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         cos, sin = ctx.saved_tensors
         return _turn(gradient, cos, -sin), None
+
+
+def _cos_and_sin(x: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
+    half = freqs[..., : freqs.shape[-1] // 2]
+    return half.cos().to(x.dtype), half.sin().to(x.dtype)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

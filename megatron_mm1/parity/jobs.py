@@ -54,7 +54,7 @@ class Trial:
     """The model in one layout with gradient descent as its optimizer, for the length of a job."""
 
     def __init__(self, config: MM1Config, *, backend: str) -> None:
-        descent = replace(config.optimizer, adam_beta1=0.0, adam_eps=_EPSILON)
+        descent = replace(config.optimizer, optimizer="adamw", adam_beta1=0.0, adam_eps=_EPSILON)
         config = self.config = replace(config, optimizer=descent)
         self.groups: ProcessGroupCollection = build_process_groups(config.parallel, seed=config.training.seed)
         self.model: Model = build_model(config, backend=backend, pg_collection=self.groups)

@@ -68,6 +68,8 @@ class Layout:
         values = to_dict(replace(config, parallel=self.parallel))
         for key, value in {
             "training.global_batch_size": size,
+            "training.batch_size_ramp": [],
+            "training.frozen_steps": {},
             "training.eval_interval": 0,
             **self.options,
         }.items():

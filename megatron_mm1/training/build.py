@@ -1,6 +1,6 @@
 """Model, optimizer and learning-rate schedule from the configuration."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
-from megatron_mm1.config import MM1Config
+from megatron_mm1.config import MM1Config, OptimizerConfig
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.model.mm1 import MM1Model
 from megatron_mm1.parallel.device import device
 from megatron_mm1.training.accumulation import accumulate_in_place
+from megatron_mm1.training.adafactor import AdaFactor
 
 Model = list[DistributedDataParallel]
 """A rank's part of the model: one stage, or several in turns under virtual pipelining."""
@@ -106,13 +108,14 @@ def build_optimizer(
     *,
     pg_collection: ProcessGroupCollection,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW with a learning rate per component, and linear warm-up followed by a cosine.
+    """AdamW or AdaFactor with a learning rate per component, and linear warm-up followed by a cosine.
 
     Norms and biases (one-dimensional parameters) are not decayed, as in Megatron.
     """
     settings, training = config.optimizer, config.training
     megatron_config = MegatronOptimizerConfig(
-        optimizer="adam",
+        # megatron-core has no AdaFactor: what it wraps around plain gradient descent is wrapped around it.
+        optimizer="adam" if settings.optimizer == "adamw" else "sgd",
         lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
         weight_decay=settings.weight_decay,
@@ -125,34 +128,69 @@ def build_optimizer(
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         fp8_recipe=unwrap(model[0]).config.fp8_recipe if config.fp8.fp8_param else None,
     )
-    overrides = get_standard_config_overrides(megatron_config)
-    for component, lr in {"tower": settings.vision_lr, "connector": settings.connector_lr}.items():
-        if lr is not None:
-            key = ParamKey(name=f"*module.{component}.*")
-            overrides[key] = {"max_lr": lr, "min_lr": lr * settings.min_lr_ratio}
+    overrides = get_standard_config_overrides(megatron_config) | _component_overrides(config)
     optimizer = get_megatron_optimizer(
         megatron_config, model, overrides, use_gloo_process_groups=False, pg_collection=pg_collection
     )
     for part in optimizer_parts(optimizer):
-        if isinstance(part.optimizer, torch.optim.AdamW):  # where Transformer Engine's is absent
+        if settings.optimizer == "adafactor":
+            _put_adafactor_into(part, settings)
+        elif isinstance(part.optimizer, torch.optim.AdamW):  # where Transformer Engine's is absent
             for group in part.optimizer.param_groups:
                 group["fused"] = True  # one pass over memory; megatron-core has no setting for it
     # The scheduler counts sequences, so that it need not change with the batch size.
-    sequences = training.global_batch_size
+    sequences = BatchSizes.of(training).sequences_before
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
-        lr_warmup_steps=settings.lr_warmup_iters * sequences,
-        lr_decay_steps=(settings.lr_decay_iters or training.train_iters) * sequences,
+        lr_warmup_steps=sequences(settings.lr_warmup_iters),
+        lr_decay_steps=sequences(settings.lr_decay_iters or training.train_iters),
         lr_decay_style="cosine",
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=training.train_iters * sequences,
+        wd_incr_steps=sequences(training.train_iters),
         wd_incr_style="constant",
+        # Whether a checkpoint's schedule may be another is decided before it is loaded (resume.py).
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _put_adafactor_into(part: MegatronOptimizer, settings: OptimizerConfig) -> None:
+    groups = part.optimizer.param_groups
+    is_expert = any(group["is_expert_parallel"] for group in groups)
+    part.optimizer = AdaFactor(
+        groups,
+        tp_group=part.expert_tp_group if is_expert else part.tp_group,
+        decay_rate=settings.adafactor_decay_rate,
+        eps=settings.adafactor_eps,
+        clip_threshold=settings.adafactor_clip_threshold,
+    )
+    part.init_state_fn = lambda optimizer, config: optimizer.fill_state()
+
+
+def peak_learning_rates(config: MM1Config) -> dict[str, float]:
+    """By component."""
+    settings = config.optimizer
+    own = {"tower": settings.vision_lr, "connector": settings.connector_lr, "decoder": None}
+    return {component: settings.lr if lr is None else lr for component, lr in own.items()}
+
+
+def _component_overrides(config: MM1Config) -> dict[ParamKey, Any]:
+    """What sets a component's parameter groups apart: its learning rate, and its name where it is frozen at first."""
+    overrides: dict[ParamKey, Any] = {}
+    for component, lr in peak_learning_rates(config).items():
+        override: dict[str, Any] = {}
+        if lr != config.optimizer.lr:
+            override |= {"max_lr": lr, "min_lr": lr * config.optimizer.min_lr_ratio}
+        if component in config.training.frozen_steps:
+            override |= {"component": component}
+        if override:
+            overrides[ParamKey(name=f"*module.{COMPONENTS[component]}*")] = override
+    return overrides
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -160,15 +198,18 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def component_learning_rates(config: MM1Config, optimizer: MegatronOptimizer) -> Mapping[str, float]:
+def component_learning_rates(config: MM1Config, optimizer: MegatronOptimizer) -> dict[str, float]:
     """The learning rate in force for each component that is trained.
 
     Every rank has every parameter group (megatron-core aligns them), so this is the same on all ranks.
     """
-    settings = config.optimizer
-    peaks = {"tower": settings.vision_lr, "connector": settings.connector_lr, "decoder": None}
+    peaks = peak_learning_rates(config)
     rates = {}
     for component in set(COMPONENTS) - set(config.training.freeze):
-        wanted = settings.lr if peaks[component] is None else peaks[component]
-        rates[component] = next(float(group["lr"]) for group in optimizer.param_groups if group["max_lr"] == wanted)
+        name = component if component in config.training.frozen_steps else None
+        rates[component] = next(
+            float(group["lr"])
+            for group in optimizer.param_groups
+            if (group["max_lr"], group.get("component")) == (peaks[component], name)
+        )
     return rates

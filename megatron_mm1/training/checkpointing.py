@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,6 +23,7 @@ from megatron_mm1.config import MM1Config
 from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.errors import UserError
 from megatron_mm1.model.mm1 import MM1Model
+from megatron_mm1.parallel.device import device
 from megatron_mm1.training import format_1
 from megatron_mm1.training.build import Model, unwrap
 from megatron_mm1.training.fp8_scales import restore_scales, with_places, with_scales
@@ -55,6 +57,14 @@ def training_state(
         "scheduler": scheduler.state_dict(),
         "rng_state": sharded_random_state(),
     }
+
+
+def state_is_finite(state: dict[str, Any]) -> bool:
+    """Whether no rank's part of a `training_state` has an infinite number or a NaN in it."""
+    parts = [part.data for part in nested_values(state) if isinstance(part, ShardedTensor | ShardedTensorFactory)]
+    finite = torch.tensor(all(bool(part.isfinite().all()) for part in parts), dtype=torch.int32, device=device())
+    torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+    return bool(finite)
 
 
 def load_weights(
@@ -126,6 +136,7 @@ def load_checkpoint(
         old = metadata.format_version == 1
         steps = format_1.plain_steps_taken(loaded["optimizer"]) if old else loaded["optimizer_steps"]
     set_steps_taken(optimizer, steps)
+    scheduler.num_steps = 0  # loading counts on from there
     scheduler.load_state_dict(loaded["scheduler"])
     if "rng_state" in state:
         restore_random_state(loaded["rng_state"])

@@ -26,30 +26,37 @@ class Window:
 
     def __init__(self, config: MM1Config, *, skipped: int = 0, nan: int = 0) -> None:
         self.config = config
-        self.steps = 0
+        self.steps = self.sequences = 0
         self.seconds = self.waited = 0.0
-        self.images = 0
+        self.images = self.batch_size = 0
         self.imbalance = 0.0  # of images over data-parallel ranks, summed over the steps
         self.skipped, self.nan = skipped, nan
 
-    def add(self, statistics: StepStatistics, images_per_rank: np.ndarray, *, seconds: float, waited: float) -> None:
+    def add(
+        self,
+        statistics: StepStatistics,
+        images_per_rank: np.ndarray,
+        *,
+        sequences: int,
+        seconds: float,
+        waited: float,
+    ) -> None:
         """Count one step.
 
         Args:
+            sequences: of its global batch.
             images_per_rank: [data-parallel size] images of its global batch (`Dealer.images_per_rank`).
             seconds, waited: how long it took, and how long of that it waited for data.
         """
         self.steps += 1
+        self.sequences += sequences
+        self.batch_size = sequences
         self.seconds += seconds
         self.waited += waited
         self.images += int(images_per_rank.sum())
         self.imbalance += imbalance(images_per_rank)
         self.skipped += statistics.skipped
-        self.nan += not math.isfinite(statistics.losses.loss)
-
-    @property
-    def sequences(self) -> int:
-        return self.steps * self.config.training.global_batch_size
+        self.nan += any(statistics.losses.token_counts) and not math.isfinite(statistics.losses.loss)
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,7 +86,7 @@ class Window:
             "elapsed_time_per_iteration_ms": 1000 * self.seconds / self.steps,
             "tflops_per_gpu": flops / self.seconds / world_size / 1e12,
             "learning_rate": rates.get("decoder", max(rates.values())),
-            "global_batch_size": self.config.training.global_batch_size,
+            "global_batch_size": self.batch_size,
             "lm_loss": statistics.losses.loss,
             "grad_norm": statistics.grad_norm,
             "skipped_iterations": self.skipped,

@@ -74,6 +74,12 @@ class RunLogger:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
             self._bar.update()
 
+    def go_back(self, iteration: int) -> None:
+        """The run goes on from an earlier step."""
+        if self._bar is not None:
+            self._bar.n = iteration
+            self._bar.refresh()
+
     def record(self, kind: str, iteration: int, figures: Mapping[str, Any]) -> None:
         """Append one JSON line and, for every finite number in it, a TensorBoard point `kind/name`; others are null."""
         if not self.enabled:

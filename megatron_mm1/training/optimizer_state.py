@@ -4,6 +4,7 @@ megatron-core names the state of its chained optimizers by their number, and the
 both depend on the layout. Here each tensor of the state is described as the part of the whole parameter that it belongs
 to: a distributed optimizer's flat range as up to three blocks per matrix, so that nothing is gathered to write it, and
 any layout reads the blocks that it needs. The names are megatron-core's for an optimizer that is not distributed.
+AdaFactor's rows and columns are parts of whole ones in the same way (factored_state.py).
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megatron_mm1.checkpoint.format import OPTIMIZER_PREFIX
 from megatron_mm1.training.build import Model, optimizer_parts
+from megatron_mm1.training.factored_state import FACTORS, sharded_factors
 from megatron_mm1.training.sharding import cut, parts_of, sharded_parameters
 
 MASTER = "fp32_param"
@@ -33,7 +35,7 @@ def sharded_optimizer_state(
     parts = optimizer_parts(optimizer)
     for _, parameter, entry in sharded_parameters(model, pg_collection=pg_collection):
         for start, state, is_sharded in _states(parameter, parts):
-            length = next(iter(state.values())).numel()
+            length = max((tensor.numel() for tensor in state.values()), default=0)
             for whole in parts_of(parameter, entry):
                 for part in cut(whole, start, start + length):
                     if is_sharded:  # over the data-parallel ranks, the last number of the replica
@@ -42,6 +44,7 @@ def sharded_optimizer_state(
                         part.sharded(f"{OPTIMIZER_PREFIX}{kind}.", tensor.view(-1)[part.start - start :][: part.numel])
                         for kind, tensor in state.items()
                     ]
+        sharded += sharded_factors(parameter, entry, parts, pg_collection=pg_collection)
     return sharded
 
 
@@ -68,7 +71,7 @@ def _kept(parameter: torch.nn.Parameter, main: Tensor, state: dict[str, Any]) ->
     kept = {
         kind: tensor
         for kind, tensor in state.items()
-        if kind != "step" and isinstance(tensor, Tensor) and tensor.numel() == main.numel()
+        if kind not in ("step", *FACTORS) and isinstance(tensor, Tensor) and tensor.numel() == main.numel()
     }
     if main.dtype != parameter.dtype:
         kept[MASTER] = main

@@ -1,7 +1,7 @@
 """Where a run starts: from scratch, from another run's weights, or from where it stopped; and what forbids it."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +9,38 @@ import torch
 
 from megatron_mm1.checkpoint.format import LATEST, CheckpointMetadata, find_checkpoint, read_metadata
 from megatron_mm1.config import MM1Config, OptimizerConfig
+from megatron_mm1.config.batch_sizes import BatchSizes
+from megatron_mm1.config.keys import value_at
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
 
 MOST_SHOWN = 5
 """Keys of a model that is another which are named."""
 
+_STATE = ("training.precision", "training.freeze", "optimizer.optimizer")
+"""What the optimizer's state depends on."""
+_SCHEDULE = (
+    "training.global_batch_size",
+    "training.batch_size_ramp",
+    "training.frozen_steps",
+    "training.output_z_loss_coeff",
+)
+"""What else a step depends on, besides the optimizer's other settings."""
+
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint a run starts from; `weights_only`: without its optimizer, schedule and place in the data."""
+    """The checkpoint a run starts from.
+
+    Attributes:
+        weights_only: without its optimizer, schedule and place in the data.
+        changes: settings of the schedule that are others than before, as sentences.
+    """
 
     checkpoint: Path
     metadata: CheckpointMetadata
     weights_only: bool
+    changes: tuple[str, ...] = ()
 
 
 def starting_point(config: MM1Config, tokenizer: Tokenizer) -> Start | None:
@@ -40,7 +58,8 @@ def starting_point(config: MM1Config, tokenizer: Tokenizer) -> Start | None:
         return None
     metadata = read_metadata(checkpoint)
     check_resumable(metadata, config, tokenizer_fingerprint=tokenizer.fingerprint, weights_only=weights_only)
-    return Start(checkpoint, metadata, weights_only)
+    changes = () if weights_only else tuple(map(str, _schedule_changes(metadata.mm1_config(), config)))
+    return Start(checkpoint, metadata, weights_only, changes)
 
 
 def check_ranks_agree(start: Start | None) -> None:
@@ -63,7 +82,7 @@ def check_resumable(
     metadata: CheckpointMetadata, config: MM1Config, *, tokenizer_fingerprint: str, weights_only: bool = False
 ) -> None:
     """Refuse a checkpoint of another model or tokenizer, and, unless its weights are all that is wanted, one of another
-    batch, precision or schedule. The layout may be another.
+    batch, precision or schedule (which `checkpoint.accept_other_schedule` allows). The layout may be another.
 
     Raises:
         UserError: listing everything that differs.
@@ -78,11 +97,13 @@ def check_resumable(
     if metadata.tokenizer_fingerprint not in ("", tokenizer_fingerprint):
         problems.append(_wrong_tokenizer(metadata, tokenizer_fingerprint))
     if not weights_only:
-        problems += [
-            f"{name} was {before} and is {now}: use the same, or start a new run from the weights alone "
-            "(--checkpoint.load RUN --checkpoint.finetune true)"
-            for name, before, now in _differences(saved, config)
-        ]
+        anew = "start a new run from the weights alone (--checkpoint.load RUN --checkpoint.finetune true)"
+        problems += [f"{change}: use the same, or {anew}" for change in _state_changes(saved, config)]
+        changes = _schedule_changes(saved, config)
+        if not config.checkpoint.accept_other_schedule:
+            accept = "go on all the same (--checkpoint.accept_other_schedule true)"
+            problems += [f"{change}: use the same, {accept}, or {anew}" for change in changes]
+        problems += _other_steps(metadata, config)
     if problems:
         raise UserError("\n  - ".join(["this run cannot go on from its checkpoint:", *problems]))
 
@@ -95,16 +116,49 @@ def _model_differences(path: str, before: Any, now: Any) -> Iterator[str]:
         yield f"{path} was {before} and is {now}"
 
 
-def _differences(saved: MM1Config, config: MM1Config) -> Iterator[tuple[str, object, object]]:
-    """What optimizer state, schedule and data order depend on: (key, before, now) of what differs."""
-    for name in ("global_batch_size", "precision", "freeze"):
-        before, now = getattr(saved.training, name), getattr(config.training, name)
-        if before != now:
-            yield f"training.{name}", before, now
-    ours, theirs = _schedule(config), _schedule(saved)
-    for name, before in vars(theirs).items():
-        if getattr(ours, name) != before:
-            yield f"optimizer.{name}", before, getattr(ours, name)
+@dataclass(frozen=True)
+class _Change:
+    """A setting that is another than when the checkpoint was saved."""
+
+    key: str
+    before: object
+    now: object
+
+    def __str__(self) -> str:
+        return f"{self.key} was {_shown(self.before)} and is {_shown(self.now)}"
+
+
+def _shown(value: object) -> object:
+    """Stages of a ramp as the plain values that a configuration has."""
+    return [vars(item) for item in value] if isinstance(value, tuple) and value and is_dataclass(value[0]) else value
+
+
+def _state_changes(saved: MM1Config, config: MM1Config) -> list[_Change]:
+    changes = [_Change(key, value_at(saved, key), value_at(config, key)) for key in _STATE]
+    return [change for change in changes if change.before != change.now]
+
+
+def _schedule_changes(saved: MM1Config, config: MM1Config) -> list[_Change]:
+    changes = [_Change(key, value_at(saved, key), value_at(config, key)) for key in _SCHEDULE]
+    ours, theirs = vars(_schedule(config)), vars(_schedule(saved))
+    changes += [_Change(f"optimizer.{name}", theirs[name], ours[name]) for name in theirs]
+    return [change for change in changes if change.before != change.now and change.key not in _STATE]
+
+
+def _other_steps(metadata: CheckpointMetadata, config: MM1Config) -> Iterator[str]:
+    """Batch sizes that would have made the steps taken use another number of sequences."""
+    expected = BatchSizes.of(config.training).sequences_before(metadata.iteration)
+    if config.checkpoint.accept_other_schedule and expected != metadata.consumed_sequences:
+        saved = metadata.mm1_config().training
+        stages = [vars(stage) for stage in saved.batch_size_ramp if stage.until < metadata.iteration]
+        stages.append(
+            {"until": metadata.iteration, "global_batch_size": BatchSizes.of(saved).at(metadata.iteration - 1)}
+        )
+        yield (
+            f"its {metadata.iteration} steps took {metadata.consumed_sequences} sequences, with this configuration's "
+            f"batch sizes they would have taken {expected}: change them from the next step on, with "
+            f"--training.batch_size_ramp '{stages}'"
+        )
 
 
 def _schedule(config: MM1Config) -> OptimizerConfig:

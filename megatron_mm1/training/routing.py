@@ -1,5 +1,7 @@
 """How the experts are used: load, drop rate and entropy by block and modality."""
 
+from collections.abc import Iterator
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -44,3 +46,11 @@ def routing_figures(config: MM1Config, model: Model, *, pg_collection: ProcessGr
                 figures[f"{name} drop rate"] = dropped / float(chosen.sum())
                 figures[f"{name} entropy"] = entropy / tokens
     return figures
+
+
+def expert_biases(model: Model) -> Iterator[torch.Tensor]:
+    """The live biases of the choice of experts (moe_router_enable_expert_bias), which move without a gradient."""
+    for chunk in model:
+        for router in unwrap(chunk).modules():
+            if isinstance(router, Router) and router.expert_bias is not None:
+                yield router.expert_bias

@@ -179,10 +179,13 @@ class CheckpointSaver:
 
     def _failed(self, error: str) -> None:
         self.failures += 1
-        text = f"no checkpoint was saved: {error}"
         if self.failures > self.max_failures:
-            raise UserError(f"{text} (the checkpoints before it are whole; free space or mend permissions and go on)")
-        self.say(f" {text}; training goes on, {self.max_failures - self.failures} more may fail in a row")
+            raise UserError(
+                f"no checkpoint was saved: {error} "
+                "(the checkpoints before it are whole; free space or mend permissions and go on)"
+            )
+        more = self.max_failures - self.failures
+        self.say(f" no checkpoint was saved: {error}; training goes on, {more} more may fail in a row")
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
@@ -222,7 +225,16 @@ def _write(pending: _Pending) -> None:
         rank = torch.distributed.get_rank()
         pending.records = {path.name: record_of(path) for path in pending.partial.glob(f"__{rank}_*.distcp")}
     except Exception as error:
-        pending.error = f"{type(error).__name__}: {error}"
+        cause = _cause(error)
+        pending.error = f"{type(cause).__name__}: {cause}"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the system refused, which torch's writer covers with an error of its own; else the error itself."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found or error
 
 
 def _on_rank_0(action: Callable[[], Any]) -> tuple[Any, str | None]:

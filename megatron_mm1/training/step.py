@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.derived import uses_fp8
 from megatron_mm1.data.batch import IGNORE, PackedBatch
 from megatron_mm1.parallel.context import local_positions
 from megatron_mm1.parallel.device import device
 from megatron_mm1.training.build import Model, unwrap
+from megatron_mm1.training.freezing import frozen_components, hold_weights, without_gradients
 from megatron_mm1.training.gradients import component_gradient_norms
+from megatron_mm1.training.routing import expert_biases
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,22 @@ class StepStatistics:
         losses: of the global batch, before the update.
         grad_norm: global gradient norm before clipping.
         component_grad_norms: the same by component; None unless asked for.
-        skipped: the loss or the gradient norm was not finite, so the weights were left alone.
+        skipped: the update was not applied, and the weights are what they were.
     """
 
     losses: LossStatistics
     grad_norm: float
     component_grad_norms: dict[str, float] | None
     skipped: bool
+
+
+Accept = Callable[[float, float], bool]
+"""Whether an update is applied, from the loss and the gradient norm before clipping; the same on every rank."""
+
+
+def is_finite(loss: float, grad_norm: float) -> bool:
+    """Accept whatever does not destroy the weights."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
 def train_step(
@@ -73,26 +85,50 @@ def train_step(
     *,
     pg_collection: ProcessGroupCollection,
     with_component_norms: bool = False,
+    accept: Accept = is_finite,
 ) -> StepStatistics:
-    """Forward and backward over this rank's microbatches of one global batch, then one update.
+    """Forward and backward over this rank's microbatches of one global batch, then one update if it is accepted.
+
+    A step that is not accepted leaves weights and optimizer state, Adam's count of steps included, as if there had been
+    none; the schedule moves on, as it goes by the sequences that are over.
 
     Args:
         batches: this rank's share of the global batch, on the host.
         with_component_norms: also compute gradient norms by component.
+        accept: must not accept what is not finite.
     """
     optimizer.zero_grad()
-    losses = forward_backward(config, model, batches, pg_collection=pg_collection)
+    frozen = frozen_components(config.training, consumed_sequences=int(scheduler.num_steps))
+    biases = [(bias, bias.clone()) for bias in expert_biases(model)]
+    with without_gradients(model, frozen):
+        losses = forward_backward(config, model, batches, pg_collection=pg_collection)
+    hold_weights(optimizer, frozen)
     norms = component_gradient_norms(model, optimizer, pg_collection=pg_collection) if with_component_norms else None
-    grad_norm, updated = update_weights(config, optimizer, unless=not math.isfinite(losses.loss))
-    scheduler.step(increment=config.training.global_batch_size)
+    grad_norm, updated = update_weights(config, optimizer, accept=partial(accept, losses.loss))
+    if not updated:
+        for bias, before in biases:  # moved at the end of the backward pass
+            bias.copy_(before)
+    _advance(config, scheduler)
     return StepStatistics(losses=losses, grad_norm=grad_norm, component_grad_norms=norms, skipped=not updated)
 
 
-def update_weights(config: MM1Config, optimizer: MegatronOptimizer, *, unless: bool = False) -> tuple[float, bool]:
-    """The optimizer's step on clipped gradients, left out where their norm is not finite.
+def pass_over(config: MM1Config, scheduler: OptimizerParamScheduler) -> StepStatistics:
+    """What `train_step` leaves of a step that is not accepted, without the step."""
+    _advance(config, scheduler)
+    nothing = LossStatistics(loss_sums=(math.nan,), token_counts=(0.0,))
+    return StepStatistics(losses=nothing, grad_norm=math.nan, component_grad_norms=None, skipped=True)
 
-    Args:
-        unless: leave it out in any case.
+
+def _advance(config: MM1Config, scheduler: OptimizerParamScheduler) -> None:
+    """Move the schedule over the coming global batch."""
+    batch_sizes = BatchSizes.of(config.training)
+    scheduler.step(increment=batch_sizes.at(batch_sizes.step_of(int(scheduler.num_steps))))
+
+
+def update_weights(
+    config: MM1Config, optimizer: MegatronOptimizer, *, accept: Callable[[float], bool] = math.isfinite
+) -> tuple[float, bool]:
+    """The optimizer's step on clipped gradients, left out unless their norm is accepted.
 
     Returns:
         The global gradient norm before clipping, and whether the weights were updated.
@@ -100,7 +136,7 @@ def update_weights(config: MM1Config, optimizer: MegatronOptimizer, *, unless: b
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     # The optimizer does not look: an infinite norm would turn clipped gradients into NaN, a NaN goes through.
-    if unless or not math.isfinite(grad_norm):
+    if not accept(grad_norm):
         return grad_norm, False
     if config.optimizer.clip_grad > 0:  # here and not in optimizer.step(), which would compute the norm again
         clip_grads_with_norm_(optimizer.get_parameters(), config.optimizer.clip_grad, torch.tensor(grad_norm))
@@ -152,7 +188,7 @@ def run_batches(
     tokens.
     """
     if uses_fp8(config.fp8):
-        _renew_fp8_weights(model)
+        renew_fp8_weights(model)
     num_sources = max(len(config.data.sources), len(config.data.validation), 1)
     rows, seq_length = batches[0].tokens.shape
     pp_size = pg_collection.pp.size()
@@ -174,14 +210,14 @@ def run_batches(
     return _global_statistics(outputs, num_sources, pg_collection)
 
 
-def _renew_fp8_weights(model: Model) -> None:
+def renew_fp8_weights(model: Sequence[torch.nn.Module]) -> None:
     """Layers that multiply in FP8 keep a copy of their weights from one microbatch to the next: make the coming one
     renew it. megatron-core's schedules do so where the decoder is in FP8, and not where the tower or the experts are.
     """
     for chunk in model:
         for module in chunk.modules():
             if hasattr(module, "is_first_microbatch"):
-                module.is_first_microbatch = True
+                module.is_first_microbatch = True  # type: ignore[assignment]
 
 
 def _forward_step(

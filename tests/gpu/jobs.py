@@ -36,7 +36,7 @@ def train(config: MM1Config, backend: str) -> tuple[list[float], dict[str, Tenso
     start = starting_point(config, tokenizer)
     run = trainer.Run(config, backend=backend, tokenizer=tokenizer, start=start, groups=groups)
     run.train()
-    weights = canonical_state(unwrap(run.model[0]), groups)
+    weights = canonical_state(unwrap(run.progress.model[0]), groups)
     destroy_process_groups()
     records = map(json.loads, (Path(config.run_dir) / "log.jsonl").read_text().splitlines())
     return [record["lm_loss"] for record in records if record["kind"] == "train"], weights

@@ -9,6 +9,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, TCPStore
@@ -46,6 +47,10 @@ FAULTS = {function.__name__: function for function in (killed, stopped, raises, 
 def train(pulse: Pulse, fault: str | None) -> None:
     for step in range(1, LAST_STEP + 1):
         pulse.enter("data", step=step)
+        if step == FAULTY_STEP and fault == "hangs_in_step":
+            pulse.enter("step", step=step)
+            print("clock", time.monotonic(), flush=True)
+            hangs()
         if step == FAULTY_STEP and fault is not None:
             time.sleep(0.3)  # until the others wait for this rank
             print("clock", time.monotonic(), flush=True)
@@ -54,7 +59,14 @@ def train(pulse: Pulse, fault: str | None) -> None:
         torch.distributed.all_reduce(torch.ones(4))
 
 
-def run_rank(fault: str | None, *, silence_limit: float, standstill_limit: float, collective_timeout: float) -> int:
+def run_rank(
+    fault: str | None,
+    *,
+    silence_limit: float,
+    standstill_limit: float,
+    collective_timeout: float,
+    stacks: Path | None = None,
+) -> int:
     """Train as the launcher's environment says, with `fault` on this rank; the exit code is 2 for a user's error."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -65,7 +77,7 @@ def run_rank(fault: str | None, *, silence_limit: float, standstill_limit: float
     )
     limits = {"silence_limit": silence_limit, "standstill_limit": standstill_limit}
     try:
-        with watched(store, rank=rank, world_size=world_size, **limits) as pulse:
+        with watched(store, rank=rank, world_size=world_size, stacks=stacks, **limits) as pulse:
             train(pulse, fault)
             torch.distributed.barrier()
             print("clock", time.monotonic())
@@ -77,13 +89,13 @@ def run_rank(fault: str | None, *, silence_limit: float, standstill_limit: float
     return 0
 
 
-def start_rank(output: Path, environment: dict[str, str], fault: str | None, limits: dict[str, float]) -> None:
+def start_rank(output: Path, environment: dict[str, str], fault: str | None, options: dict[str, Any]) -> None:
     """The target of a `multiprocessing.Process`: both outputs go to a file."""
     os.environ.update(environment)
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.exit(run_rank(fault, **limits))
+    sys.exit(run_rank(fault, **options))
 
 
 if __name__ == "__main__":  # torchrun: FAULT RANK

@@ -32,7 +32,8 @@ from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import open_tokenizer
-from megatron_mm1.inference.engine import Engine, Prompt
+from megatron_mm1.inference.engine import Engine
+from megatron_mm1.inference.requests import Generation, GenerationRequest, Prompt, Score, ScoringRequest
 from megatron_mm1.model.mm1 import MM1Model
 from tests import transformers_runner
 from tests.corpora import encoded, small_tokenizer
@@ -239,9 +240,27 @@ def test_the_processor_makes_our_ids_and_our_pixels(case: Exported) -> None:
 @pytest.mark.parametrize("how", ["generated", "together"])
 def test_generates_the_tokens_of_our_engine(case: Exported, how: str) -> None:
     """Each prompt by itself, and all of them padded on the left."""
-    expected = case.engine.generate_ids(PROMPTS, max_new_tokens=transformers_runner.NEW_TOKENS)
+    new_tokens = transformers_runner.NEW_TOKENS
+    requests = [GenerationRequest(prompt=prompt, max_new_tokens=new_tokens) for prompt in PROMPTS]
+    expected = [list(one.token_ids) for one in case.engine.generate(requests) if isinstance(one, Generation)]
     assert len({tuple(ids) for ids in expected}) == len(PROMPTS)  # they depend on the prompt
     assert case.theirs[how] == expected
+
+
+def test_scores_are_transformers_log_probabilities(case: Exported) -> None:
+    """Of the last text of each prompt behind what comes before it."""
+    tokenizer = open_tokenizer(case.config.data.tokenizer)
+    requests = [
+        ScoringRequest(prompt=prompt[:-1], continuation=prompt[-1].text, with_end=False)
+        for prompt in PROMPTS
+        if isinstance(prompt[-1], Text)
+    ]
+    assert len(requests) == len(PROMPTS)
+    for request, score, logits in zip(requests, case.engine.score(requests), case.theirs["logits"], strict=True):
+        ids = tokenizer.encode(request.continuation)
+        expected = logits[-len(ids) - 1 : -1].log_softmax(dim=-1)[torch.arange(len(ids)), ids]
+        assert isinstance(score, Score)
+        torch.testing.assert_close(torch.tensor(score.token_log_likelihoods), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("how", ["without_cache", "static_cache"])

@@ -14,6 +14,7 @@ from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.loader import train_batches
 from megatron_mm1.data.tokenizer import open_tokenizer
+from megatron_mm1.evaluation.in_training import live_evaluation
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
 from megatron_mm1.parity.batches import synthetic_batches
 from megatron_mm1.training import trainer
@@ -150,7 +151,8 @@ def train_as_users_do(config: MM1Config) -> None:
     groups = build_process_groups(config.parallel, seed=config.training.seed)
     start = starting_point(config, tokenizer)
     check_ranks_agree(start)
-    trainer.Run(config, backend="local", tokenizer=tokenizer, start=start, groups=groups).train()
+    evaluation = live_evaluation(config) if config.evaluation.interval else None
+    trainer.Run(config, backend="local", tokenizer=tokenizer, start=start, groups=groups).train(evaluation)
     destroy_process_groups()
 
 

@@ -22,7 +22,10 @@ SMALL = [
     *("--model.connector.hidden_size", "32", "--seq_length", "128"),
 ]
 """The presets' structure at a size at which the many layouts take minutes."""
-CONFIGS = {name: parity_config(["--preset", name, *SMALL]) for name in ("mm1-tiny", "mm1-tiny-moe")}
+CONFIGS = {
+    "mm1-tiny": parity_config(["--preset", "mm1-tiny", *SMALL]),
+    "mm1-tiny-moe": parity_config(["--preset", "mm1-tiny-moe", *SMALL, "--output_z_loss_coeff", "0.1"]),
+}
 
 
 @cache

@@ -1,7 +1,6 @@
 """Checkpoints move between all layouts bit by bit, are written while training goes on, and fail loudly."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -121,18 +120,6 @@ def test_a_step_that_is_saved_again_is_replaced(pool, tmp_path):
     [(_, errors)] = pool(1).run(jobs.save_several, jobs.config_of("dense"), tmp_path, [3, 3], {})
     assert errors == [] and names(tmp_path) == ["latest", "step-00000003"]
     verify_files(find_checkpoint(tmp_path))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system that holds one checkpoint of the tiny model and no second one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -12,7 +12,10 @@ import pytest
 from megatron_mm1.config import Fp8Config, MM1Config
 from megatron_mm1.config.presets import preset
 from megatron_mm1.config.schema import AttentionKernel, Fp8Recipe
+from megatron_mm1.data.records import Image, Text
+from megatron_mm1.inference.requests import ScoringRequest
 from tests import te_jobs
+from tests.corpora import encoded, small_tokenizer
 from tests.parallel import jobs
 
 TOLERANCE = 2e-5
@@ -67,6 +70,26 @@ def test_rows_added_for_fp8_change_nothing(te_pool, layout, recipe: Fp8Recipe, k
     fp8 = Fp8Config(decoder_recipe=recipe, tower_recipe=recipe, connector_recipe=recipe)
     for distances in te_pool(world_size).run(te_jobs.compare, config_of(name, fp8=fp8, kernel=kernel, **sizes), KINDS):
         assert not {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}
+
+
+@pytest.mark.parametrize("fp8", [Fp8Config(), Fp8Config(decoder_recipe="fp8_blockwise", tower_recipe="fp8_blockwise")])
+def test_the_engine_answers_as_with_the_local_backend(te_pool, tmp_path, fp8):
+    """Rows in use need not be what FP8 wants a multiple of, nor what sequence parallelism splits."""
+    tokenizer = small_tokenizer(tmp_path)
+    config = config_of("mm1-tiny-moe", fp8=fp8, **TP_SP)
+    decoder = dataclasses.replace(config.model.decoder, vocab_size=tokenizer.vocab_size, init_method_std=0.15)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, decoder=decoder),
+        data=dataclasses.replace(config.data, tokenizer=str(tokenizer.path)),
+    )
+    image = Image(encoded(seed=1))
+    prompts = [(image, Text("a red")), (Text("the"),), (Text("a "), image, image)]
+    requests = [ScoringRequest(prompt=prompt, continuation="blue circle") for prompt in prompts]
+    for scores, expected_scores, texts, expected_texts in te_pool(2).run(te_jobs.score, config, requests):
+        assert texts == expected_texts and len(set(texts)) > 1
+        for score, expected in zip(scores, expected_scores, strict=True):
+            assert score.token_log_likelihoods == pytest.approx(expected.token_log_likelihoods, rel=1e-4)
 
 
 @pytest.mark.parametrize(("component", "world_size"), [("tower", 1), ("decoder", 1), ("decoder", 2)])

@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 
+from megatron_mm1.config import EvaluationConfig
 from megatron_mm1.data.loader import train_batches
 from megatron_mm1.data.tokenizer import open_tokenizer
 from tests.parallel import jobs
@@ -92,6 +93,22 @@ def test_a_run_reports_how_unevenly_images_are_dealt_to_its_ranks(pool, demo_cor
     pool(dp_size).run(jobs.train_as_users_do, config)
     assert [record["image_imbalance"] for record in records(tmp_path / "run", "train")] == pytest.approx(expected)
     assert (max(expected) > 1) == (dp_size > 1)
+
+
+def test_a_run_evaluates_its_weights(pool, demo_corpus, tmp_path):
+    """Before the first step, every second one and after the last; its losses are those of a run that does not."""
+    evaluation = EvaluationConfig(interval=2, tasks=("demo_questions",), limit=4)
+    steps = {}
+    for name, settings in (("alone", EvaluationConfig()), ("evaluated", evaluation)):
+        config = dataclasses.replace(user_config("mm1-tiny", tmp_path / name), evaluation=settings)
+        training = dataclasses.replace(config.training, train_iters=3, eval_interval=0)
+        pool(2).run(jobs.train_as_users_do, dataclasses.replace(config, training=training))
+        steps[name] = [record["lm_loss"] for record in records(tmp_path / name, "train")]
+    assert steps["evaluated"] == steps["alone"]
+    found = records(tmp_path / "evaluated", "evaluation")
+    assert [record["iteration"] for record in found] == [0, 2, 3]
+    assert all(0 <= record["demo_questions, 0 shots, accuracy"] <= 1 for record in found)
+    assert records(tmp_path / "alone", "evaluation") == []
 
 
 def test_a_finished_run_goes_on_when_it_is_made_longer(pool, demo_corpus, tmp_path):

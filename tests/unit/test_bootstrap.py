@@ -1,10 +1,12 @@
 """Percentile bootstrap intervals: equal scipy's, and cover the true mean about as often as they say."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.stats
 
-from megatron_mm1.evaluation.bootstrap import mean_interval
+from megatron_mm1.evaluation.bootstrap import difference_interval, mean_interval
 
 GENERATOR = np.random.default_rng(5)
 SAMPLES = {
@@ -88,3 +90,20 @@ def test_no_values():
 def test_arguments_of_different_lengths():
     with pytest.raises(ValueError, match="3 values, 2 weights and 3 clusters"):
         mean_interval([1.0, 2.0, 3.0], weights=[1.0, 1.0])
+
+
+def test_a_difference_is_of_the_same_items():
+    """What varies from item to item, or from cluster to cluster, and is the same on both sides, does not widen it."""
+    values = np.random.default_rng(0).normal(size=50)
+    clusters = [index // 5 for index in range(50)]
+    interval = difference_interval(values + 0.5, values, clusters=clusters)
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert interval.count == 50
+    unlike = difference_interval(values, np.zeros(50), clusters=clusters)
+    assert dataclasses.astuple(unlike) == pytest.approx(dataclasses.astuple(mean_interval(values, clusters=clusters)))
+
+
+def test_a_difference_of_weighted_means():
+    """As of F1, whose weights depend on the answers: 1/2 - 3/4."""
+    interval = difference_interval([1.0, 0.0], [1.0, 0.0], weights=[1, 1], other_weights=[3, 1])
+    assert interval.mean == -0.25

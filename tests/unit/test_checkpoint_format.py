@@ -110,9 +110,13 @@ def test_the_newest_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000020", "step-00000040"]
 
 
-def test_what_latest_names_stays_though_it_is_not_the_newest(tmp_path):
+def test_what_a_run_that_went_back_has_left_ahead_of_it_stays_until_it_is_replaced(tmp_path):
     save(tmp_path, 10)
     save(tmp_path, 20)
     save(tmp_path, 5)
-    assert prune(tmp_path, 1) == ["step-00000010"]
+    assert prune(tmp_path, 1) == []
     assert find_checkpoint(tmp_path).name == "step-00000005"
+    save(tmp_path, 10)
+    assert prune(tmp_path, 1) == ["step-00000005"]
+    save(tmp_path, 20)
+    assert prune(tmp_path, 1) == ["step-00000010"]

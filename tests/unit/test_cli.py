@@ -57,7 +57,16 @@ def raise_(error: BaseException) -> Any:
 def test_train_hands_over_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(monkeypatch, "megatron_mm1.training.trainer", "train")
     assert main(["train", "--preset", "mm1-tiny"]) == 0
-    assert calls.only == ((preset("mm1-tiny"),), {})
+    assert calls.only == ((preset("mm1-tiny"),), {"evaluation": None})
+
+
+def test_train_brings_the_evaluation_that_the_configuration_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.training.trainer", "train")
+    building = stand_in(monkeypatch, "megatron_mm1.evaluation.in_training", "live_evaluation")
+    building.result = "evaluation"
+    assert main(["train", "--preset", "mm1-tiny", "--evaluation.interval", "5", "--evaluation.tasks", "[a]"]) == 0
+    assert calls.only[1] == {"evaluation": "evaluation"}
+    assert building.only[0] == calls.only[0]
 
 
 def test_data_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,12 +132,31 @@ def test_data_prepare_takes_counts(capsys: pytest.CaptureFixture[str], option: s
 def test_eval(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
     calls = stand_in(monkeypatch, "megatron_mm1.evaluation.runner", "evaluate_main")
     options = ["--checkpoint", "c", "--task", "a", "--task", "own.Task", "--output", "o", "--limit", "9"]
-    assert main(["eval", *options, option, "2"]) == 0
+    presented = [
+        "--shots",
+        "0",
+        "8",
+        "--high-resolution",
+        "672",
+        "--high-resolution-shots",
+        "3",
+        "--chain_of_thought",
+        "--data",
+        "a=d",
+    ]
+    assert main(["eval", *options, *presented, option, "2"]) == 0
     assert calls.namespace == {
         "checkpoint": Path("c"),
         "task": ["a", "own.Task"],
         "output": Path("o"),
         "limit": 9,
+        "data": ["a=d"],
+        "shots": [0, 8],
+        "seed": 0,
+        "control": False,
+        "high_resolution": 672,
+        "high_resolution_shots": 3,
+        "chain_of_thought": True,
         **NO_SIZES,
         "tensor_model_parallel_size": 2,
     }
@@ -140,6 +168,49 @@ def test_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["caption", "--checkpoint", "c", *options]) == 0
     images = [Path("a.png"), Path("b.png"), Path("d.png")]
     assert calls.namespace == {"checkpoint": Path("c"), "image": images, "max_new_tokens": 5, **NO_SIZES}
+
+
+def test_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.inference.ask", "generate_main")
+    calls.result = 0
+    options = [
+        "--image",
+        "a.png",
+        "b.png",
+        "--prompt",
+        "x",
+        "--stop",
+        ".",
+        ";",
+        "--top_k",
+        "5",
+        "--max-new-tokens",
+        "7",
+    ]
+    assert main(["generate", "--checkpoint", "c", *options]) == 0
+    assert calls.namespace == {
+        "checkpoint": Path("c"),
+        "prompt": "x",
+        "input": None,
+        "image": [Path("a.png"), Path("b.png")],
+        "output": None,
+        "max_new_tokens": 7,
+        "stop": [".", ";"],
+        "temperature": 0.0,
+        "top_k": 5,
+        "top_p": 1.0,
+        "seed": 0,
+        "batch_size": 64,
+        **NO_SIZES,
+    }
+
+
+def test_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "megatron_mm1.inference.ask", "score_main")
+    calls.result = 0
+    assert main(["score", "--checkpoint", "c", "--input", "i.jsonl", "--output", "o.jsonl", "--batch-size", "3"]) == 0
+    files = {"checkpoint": Path("c"), "input": Path("i.jsonl"), "output": Path("o.jsonl")}
+    assert calls.namespace == {**files, "batch_size": 3, **NO_SIZES}
 
 
 def test_config_presets_lists_the_papers_sizes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +296,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         ("trian", "invalid choice"),
         ("eval --checkpoint c --output o", "--task"),
         ("eval --checkpoint c --output o --task a --limit 0", "'0' is not a positive whole number"),
-        ("eval --checkpoint c --output o --task a --shots 4", "unrecognized arguments: --shots 4"),
+        ("eval --checkpoint c --output o --task a --shots -1", "'-1' is not 0 or a positive whole number"),
         ("caption --checkpoint c", "--image"),
     ],
 )

@@ -205,6 +205,71 @@ BROKEN = [
         "seq_length 253 x micro_batch_size 2 is not divisible by 2 x context_parallel_size 2 and "
         "tensor_model_parallel_size 2, as sequence_parallel needs: use seq_length 254",
     ),
+    (
+        "mm1-tiny",
+        2,
+        '--batch_size_ramp [{"until":10,"global_batch_size":6}] --micro_batch_size 4',
+        "batch_size_ramp[0].global_batch_size 6 is not divisible by micro_batch_size 4 x data-parallel size 1 = 4: "
+        "use 4 or 8",
+    ),
+    (
+        "mm1-tiny",
+        4,
+        f'{PP} 2 {VPP} 2 --batch_size_ramp [{{"until":10,"global_batch_size":12}}] --global_batch_size 16',
+        "3 microbatches per rank are not divisible by pipeline_model_parallel_size 2, as virtual stages need: "
+        "use a batch_size_ramp[0].global_batch_size that is a multiple of 8",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        '--batch_size_ramp [{"until":10,"global_batch_size":4},{"until":10,"global_batch_size":8}]',
+        "the steps `until` of training.batch_size_ramp [10, 10] must be above 0 and increase: put them in order",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        '--batch_size_ramp [{"until":10,"global_batch_size":0}]',
+        "training.batch_size_ramp has batches of 0 sequences: use 1 or more",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        '--frozen_steps {"towre":10}',
+        "training.frozen_steps names towre: its parts are tower, connector, decoder",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        '--frozen_steps {"tower":0}',
+        "training.frozen_steps {'tower': 0} freezes nothing: use 1 or more, or leave the part out",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        '--frozen_steps {"tower":5} --freeze [tower]',
+        "training.frozen_steps and training.freeze both name tower: leave it to one of them",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        '--frozen_steps {"tower":5,"decoder":9} --freeze [connector]',
+        "training.frozen_steps leaves nothing to train in the first 5 steps: leave a part out",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        '--frozen_steps {"tower":5} --overlap_grad_reduce',
+        "parallel.overlap_grad_reduce waits for the gradient of every parameter, and parts in training.frozen_steps",
+    ),
+    (
+        "mm1-tiny",
+        2,
+        f"--optimizer adafactor {ZERO}",
+        "optimizer.optimizer adafactor needs whole rows and columns of each matrix, and "
+        "parallel.use_distributed_optimizer cuts matrices anywhere: set it false",
+    ),
+    ("mm1-tiny", 2, "--adafactor_decay_rate 0.8", "optimizer.adafactor_decay_rate 0.8 is out of range: use -1 to"),
+    ("mm1-tiny", 2, "--adafactor_eps 0", "optimizer.adafactor_eps 0.0 is too small: use a positive number"),
     ("mm1-tiny", 2, f"{VPP} 2", "virtual_pipeline_model_parallel_size 2 needs more than one pipeline rank: use 1"),
     (
         "mm1-tiny",
@@ -283,6 +348,10 @@ BROKEN = [
         "--lr_decay_iters 50 --lr_warmup_iters 100",
         "lr_warmup_iters 100 is not less than lr_decay_iters 50",
     ),
+    ("mm1-tiny", 2, "--evaluation.interval 5", "evaluation.interval 5 without a task: name some in evaluation.tasks"),
+    ("mm1-tiny", 2, "--evaluation.tasks [coco]", "evaluation.tasks coco without evaluation.interval: say how often"),
+    ("mm1-tiny", 2, "--evaluation.shots [0,-4]", "evaluation.shots [0, -4]: give numbers of demonstrations"),
+    ("mm1-tiny", 2, '--evaluation.data {"coco":"x"}', "evaluation.data names coco, which is not among"),
     ("mm1-tiny", 2, "--finetune", "checkpoint.finetune takes the weights of checkpoint.load, which is null"),
     (
         "mm1-tiny",
@@ -408,6 +477,7 @@ def test_every_count_has_a_minimum() -> None:
         "model.vision.feature_layer",
         "parallel.decoder_first_pipeline_num_layers",
         "data.seed",
+        "evaluation.seed",
         "training.seed",
     }
     assert counts - set(MINIMUM) == free

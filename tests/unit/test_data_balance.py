@@ -7,6 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from megatron_mm1.config import TrainingConfig
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.data.balance import Dealer, deal, imbalance
 
 
@@ -124,7 +126,8 @@ class CountedPlan:
 
 
 def dealer(dp_size: int, **settings: bool) -> Dealer:
-    return Dealer(CountedPlan(), micro_batch_size=2, global_batch_size=16, dp_size=dp_size, **settings)  # type: ignore[arg-type]
+    batch_sizes = BatchSizes.of(TrainingConfig(global_batch_size=16))
+    return Dealer(CountedPlan(), micro_batch_size=2, batch_sizes=batch_sizes, dp_size=dp_size, **settings)  # type: ignore[arg-type]
 
 
 def test_images_of_a_microbatch_are_those_of_its_sequences() -> None:

@@ -3,18 +3,25 @@
 import io
 import json
 from collections import Counter
+from pathlib import Path
 
 import PIL.Image
 import pytest
 
 from megatron_mm1.data.readers import question_answer, question_prompt
-from megatron_mm1.data.records import Image, Text
+from megatron_mm1.data.records import Text
 from megatron_mm1.errors import UserError
+from megatron_mm1.evaluation.bootstrap import Interval
 from megatron_mm1.evaluation.contact_sheet import Panel, write_contact_sheet
-from megatron_mm1.evaluation.demo_tasks import DemoCaptions, DemoQuestions, question_type
-from megatron_mm1.evaluation.report import MeasuredItem, figures, read_figures, table, write_results
-from megatron_mm1.evaluation.task import Item, Measure, Outcome, build_task, prompt_text
-from megatron_mm1.inference.engine import Score
+from megatron_mm1.evaluation.fewshot import ZERO_SHOT, FewShot, Request, request
+from megatron_mm1.evaluation.items import ImageFile, Item
+from megatron_mm1.evaluation.published import MEASURES, PUBLISHED, beside_published
+from megatron_mm1.evaluation.results import ALL, MeasuredItem, Result, figures, read_figures, write_results
+from megatron_mm1.evaluation.tables import console, figures_table
+from megatron_mm1.evaluation.task import Measure, Outcome, build_task
+from megatron_mm1.evaluation.tasks.demo import DemoCaptions, DemoQuestions, question_type
+from megatron_mm1.evaluation.template import prompt_text
+from megatron_mm1.inference.requests import Score
 
 
 def png(colour) -> bytes:
@@ -26,8 +33,13 @@ def png(colour) -> bytes:
 @pytest.fixture
 def corpus(tmp_path):
     """A corpus of 12 concepts drawn in two styles (the last concept's two captions alike) and 6 questions."""
-    captions = tmp_path / "raw/captions/validation"
-    questions = tmp_path / "raw/questions/validation"
+    for split in ("validation", "train"):
+        write_corpus(tmp_path / "raw", split)
+    return tmp_path
+
+
+def write_corpus(raw, split):
+    captions, questions = raw / "captions" / split, raw / "questions" / split
     for folder in (captions, questions):
         (folder / "images").mkdir(parents=True)
     rows = []
@@ -42,12 +54,16 @@ def corpus(tmp_path):
     answers = ["circle", "red", "yes", "no", "rectangle", "teal"]
     rows = [{"image": "images/0.png", "question": f"what about {a}?", "answer": a} for a in answers]
     (questions / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
 
 
 def scores(*losses: float) -> tuple[Score, ...]:
     """Scores of four tokens with the given losses per token."""
-    return tuple(Score(log_likelihood=-4 * loss, num_tokens=4) for loss in losses)
+    return tuple(Score((-loss,) * 4) for loss in losses)
+
+
+def first_measures(task, outcome):
+    [measures] = task.measure(task.items().items[:1], [outcome])
+    return measures
 
 
 @pytest.mark.parametrize(
@@ -65,24 +81,24 @@ def test_caption_choice(corpus, distractors, right):
     """Losses of each caption behind the right and the other image; the true one gains 0.5."""
     task = DemoCaptions(corpus)
     losses = [loss for pair in [(1.0, 1.5), *distractors] for loss in pair]
-    measures = task.measure(task.items()[0], Outcome(text="", scores=scores(*losses)))
+    measures = first_measures(task, Outcome(text="", scores=scores(*losses)))
     assert measures["choice_accuracy"].value == right
     names = ("loss_true_image", "loss_other_image", "loss_gain")
     assert [measures[name] for name in names] == [Measure(1.0), Measure(1.5), Measure(0.5)]
 
 
 def test_caption_items(corpus):
-    items = DemoCaptions(corpus).items()
+    items = DemoCaptions(corpus).items().items
     assert sorted(item.key for item in items) == sorted(
         f"images/{s}-{n}.png" for s in ("noto", "twemoji") for n in range(12)
     )
     assert [item.key for item in items] != sorted(item.key for item in items)  # any beginning is a sample
     for item in items:
-        prompts, captions = zip(*item.scored, strict=True)
-        assert captions[::2] == captions[1::2] and captions[0] == item.reference
+        captions, images = zip(*((one.text, one.images) for one in item.candidates), strict=True)
+        assert captions[::2] == captions[1::2] and captions[0] == item.answer
         assert len(set(captions)) == 10
-        assert set(prompts[::2]) == {item.prompt} and len(set(prompts[1::2])) == 1
-        assert prompts[1] != item.prompt
+        assert set(images[::2]) == {None} and len(set(images[1::2])) == 1
+        assert images[1] != item.images
         assert item.groups == ("unseen" if item.cluster in ("C0", "C1", "C2", "C3") else "heldstyle",)
 
 
@@ -91,16 +107,16 @@ def test_concepts_weigh_the_same(corpus):
     rows = file.read_text().splitlines()
     file.write_text("\n".join(rows[1:]))  # one concept is drawn in one style only
     weights = Counter()
-    for item in DemoCaptions(corpus).items():
+    for item in DemoCaptions(corpus).items().items:
         weights[item.cluster] += item.weight
     assert set(weights.values()) == {1.0} and len(weights) == 12
 
 
 def test_the_other_image_is_of_another_caption(corpus):
     """Concepts 10 and 11 are called the same: each image of one would do for the other."""
-    items = DemoCaptions(corpus).items()
-    captions = {item.prompt: item.reference for item in items}
-    assert all(captions[item.scored[1][0]] != item.reference for item in items)
+    items = DemoCaptions(corpus).items().items
+    captions = {item.images: item.answer for item in items}
+    assert all(captions[item.candidates[1].images] != item.answer for item in items)
 
 
 def test_items_are_the_same_every_time(corpus):
@@ -109,19 +125,30 @@ def test_items_are_the_same_every_time(corpus):
 
 
 def test_question_items_are_asked_as_they_are_trained(corpus):
-    by_answer = {item.reference: item for item in DemoQuestions(corpus).items()}
+    task = DemoQuestions(corpus)
+    by_answer = {item.answer: item for item in task.items().items}
     assert set(by_answer) == {"circle", "red", "yes", "no", "rectangle", "teal"}
-    assert by_answer["red"].prompt == (Image(png("red")), Text(question_prompt("what about red?")))
+    image, text = task.template(by_answer["red"]).asked(by_answer["red"])
+    assert (image.read().data, text) == (png("red"), Text(question_prompt("what about red?")))
     assert by_answer["circle"].groups == ("shape", "shape or colour")
     assert by_answer["no"].groups == ("yes-no",)
+
+
+def test_captions_are_shown_as_they_are_trained(corpus):
+    task = DemoCaptions(corpus)
+    item = next(item for item in task.items().items if item.cluster == "C3")
+    made = request(item, task, FewShot(shots=2), pool=task.demonstrations().items)
+    assert [type(part) for part in made.prompt] == [ImageFile, Text, ImageFile, Text, ImageFile]
+    assert all(part.text.startswith("thing ") and part.text.endswith("\n") for part in made.prompt[1::2])
+    assert "thing 3\n" not in [part.text for part in made.prompt[1::2]]
 
 
 @pytest.mark.parametrize(("text", "right"), [("red", 1.0), ("blue", 0.0), ("", 0.0), ("red red", 0.0)])
 def test_question_accuracy(corpus, text, right):
     task = DemoQuestions(corpus)
-    item = next(item for item in task.items() if item.reference == "red")
-    assert question_answer(item.reference).strip() == item.reference
-    assert task.measure(item, Outcome(text=text, scores=())) == {"accuracy": Measure(right)}
+    item = next(item for item in task.items().items if item.answer == "red")
+    assert question_answer(item.answer).strip() == item.answer
+    assert task.measure([item], [Outcome(text=text)]) == [{"accuracy": Measure(right)}]
 
 
 @pytest.mark.parametrize(
@@ -142,15 +169,22 @@ def test_unknown_task():
 
 
 def test_task_by_class_path(monkeypatch, tmp_path):
-    (tmp_path / "their_package.py").write_text("class Task:\n    max_new_tokens = 3\n")
+    (tmp_path / "their_package.py").write_text("class Task:\n    stopping = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert build_task("their_package.Task").max_new_tokens == 3
+    assert build_task("their_package.Task").stopping == 3
+    with pytest.raises(UserError, match="takes no folder"):
+        build_task("their_package.Task", tmp_path)
 
 
 def measured(key, value, *, weight=1.0, item_weight=1.0, groups=("g",), cluster=None) -> MeasuredItem:
-    prompt = (Image(b""), Text("why?"))
-    item = Item(key=key, prompt=prompt, reference="r", groups=groups, cluster=cluster, weight=item_weight)
-    return MeasuredItem(item, Outcome(text="o", scores=()), {"m": Measure(value, weight=weight)})
+    request = Request((ImageFile(Path("a.jpg")), Text("why?")), (), ("d",))
+    item = Item(key=key, answer="r", groups=groups, cluster=cluster, weight=item_weight)
+    outcome = Outcome(text="o", raw=" o", finish_reason="stop")
+    return MeasuredItem(item, request, outcome, {"m": Measure(value, weight=weight)})
+
+
+def result(*items: MeasuredItem) -> Result:
+    return Result("t", "m", ZERO_SHOT, {}, items)
 
 
 def test_figures_are_weighted_means_by_group():
@@ -171,18 +205,26 @@ def test_clusters_are_resampled_together():
 
 
 def test_results_are_written_and_read_back(tmp_path):
-    tasks = {"t": [measured("a", 1.0), measured("b", 0.0)]}
-    written = write_results(tmp_path / "out", {"checkpoint": {"iteration": 7}}, tasks)
-    assert read_figures(tmp_path / "out") == written
+    items = [measured("a", 1.0), measured("b", 0.0)]
+    write_results(tmp_path / "out", {"checkpoint": {"iteration": 7}}, [result(*items)])
+    assert read_figures(tmp_path / "out") == {"t": figures(items)}
+    assert read_figures(tmp_path / "out", shots=4) == {}
     assert json.loads((tmp_path / "out/results.json").read_text())["checkpoint"] == {"iteration": 7}
     rows = [json.loads(line) for line in (tmp_path / "out/items.jsonl").read_text().splitlines()]
     assert rows[0] == {
         "task": "t",
+        "shots": 0,
+        "images_exchanged": False,
         "key": "a",
         "groups": ["g"],
+        "demonstrations": ["d"],
         "prompt": "<image>why?",
+        "images": ["a.jpg"],
+        "raw_output": " o",
+        "finish_reason": "stop",
         "output": "o",
         "reference": "r",
+        "references": [],
         "scores": [],
         "measures": {"m": 1.0},
     }
@@ -190,8 +232,8 @@ def test_results_are_written_and_read_back(tmp_path):
 
 
 def test_table_shows_every_figure():
-    lines = table({"t": figures([measured("a", 1.0), measured("b", 1.0)])}).splitlines()
-    assert [line.split()[:3] for line in lines[1:]] == [["t", "all", "m"], ["t", "g", "m"]]
+    lines = console(figures_table([result(measured("a", 1.0), measured("b", 1.0))])).splitlines()
+    assert [line.split()[:4] for line in lines[1:]] == [["t", "0", ALL, "m"], ["t", "0", "g", "m"]]
     assert "1.000 [1.000, 1.000]" in lines[1]
 
 
@@ -208,7 +250,27 @@ def test_missing_results(tmp_path):
 
 
 def test_prompt_text():
-    assert prompt_text((Text("see "), Image(b""), Text(" there"))) == "see <image> there"
+    assert prompt_text((Text("see "), ImageFile(Path("a")), Text(" there"))) == "see <image> there"
+
+
+def test_weightless_measures_are_zero():
+    """POPE's F1 where nothing is there and nothing is claimed."""
+    interval = figures([measured("a", 0.0, weight=0), measured("b", 0.0, weight=0)])["all"]["m"]
+    assert (interval.mean, interval.low, interval.high) == (0.0, 0.0, 0.0)
+
+
+def test_published_figures_stand_beside_a_runs():
+    own = Interval(mean=0.5, low=0.45, high=0.55, count=10)
+    results = {"vqav2": {"accuracy": own}, "coco": {"cider": own}, "docvqa": {"anls": own}}
+    assert beside_published(results, shots=8, name="ours") == [
+        ["task, 8 shots", "measure", "ours", "MM1-3B", "MM1-7B", "MM1-30B"],
+        ["coco", "cider", "50.0 [45.0, 55.0]", "114.6", "116.3", "123.1"],
+        ["vqav2", "accuracy", "50.0 [45.0, 55.0]", "63.6", "63.6", "70.9"],
+    ]
+    [_, reasoned] = beside_published({"mathvista": {"accuracy": own}}, shots=8, name="ours")
+    assert reasoned[-1] == "44.4 (chain of thought, mixed resolution)"
+    assert beside_published(results, shots=4, name="ours")[0] == ["task, 4 shots", "measure", "ours"]
+    assert {one.task for one in PUBLISHED} == set(MEASURES)
 
 
 def test_contact_sheet_shows_the_images(tmp_path):

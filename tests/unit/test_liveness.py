@@ -147,6 +147,31 @@ def test_ranks_that_stand_still_together_are_not_told_apart(roll):
     assert verdict.shown_by == tuple(range(8))
 
 
+WAITING = "waiting in all_reduce at step.py:201"
+ELSEWHERE = f"most {WAITING}; elsewhere: rank 5 (host n0, pid 105)"
+
+
+@pytest.mark.parametrize(
+    ("places", "order"),
+    [
+        ({5: "in read at workers.py:7"}, f"{ELSEWHERE} in read at workers.py:7"),
+        (dict.fromkeys(range(5, 12), "in forward at mm1.py:9"), f"{ELSEWHERE} in forward at mm1.py:9, rank 6"),
+        ({5: "waiting in recv at p2p.py:3"}, f"{ELSEWHERE} waiting in recv at p2p.py:3"),
+        (dict.fromkeys(range(6), "waiting in recv at p2p.py:3"), f": 6 waiting in recv at p2p.py:3, 6 {WAITING}"),
+        ({}, f": 12 {WAITING}"),
+    ],
+    ids=["one computes", "most compute", "another collective", "half and half", "all wait"],
+)
+def test_ranks_of_one_phase_are_told_apart_by_who_waits(roll, places, order):
+    for rank in range(WORLD_SIZE):
+        hear(roll, [rank], now=601, place=places.get(rank, WAITING))
+    verdict = roll.verdict(now=601)
+    assert order in verdict.text
+    assert verdict.with_stacks
+    late = () if not places or len(places) == 6 else tuple(places)
+    assert verdict.shown_by == (late or tuple(range(8)))
+
+
 @pytest.mark.parametrize(
     ("rank", "changes"),
     [(5, {"settled": False}), (5, {"phase": "checkpoint"}), (0, {"phase": "checkpoint"})],

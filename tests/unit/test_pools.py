@@ -1,6 +1,7 @@
 """Packed streams: nothing lost or seen twice in an epoch, limits kept, any sequence found by itself."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,10 @@ class Lengths:
 
     def num_images(self, documents: np.ndarray) -> np.ndarray:
         return self._images[documents]
+
+    def trained(self, documents: np.ndarray) -> list[np.ndarray]:
+        """Answers of two tokens, the first of which ends with the 24th."""
+        return [np.arange(len(self.documents[number])) % 24 >= 22 for number in documents]
 
     def images_of(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = ranges(self._bounds[documents], self._bounds[documents + 1])
@@ -214,3 +219,45 @@ def test_one_pool_of_a_billion_documents_costs_one_pool(monkeypatch: pytest.Monk
     documents = packed._documents(0, packed.num_pools // 2)
     assert len(documents) == pytest.approx(65_536, abs=512)
     assert documents.max() - documents.min() > 9 * 10**8
+
+
+def positions_of(source: Lengths, document: int, stop: int, limits: PackingLimits) -> tuple[int, int]:
+    """Positions and images of the first `stop` tokens of a document."""
+    images = sum(source.documents[document][:stop])
+    return stop - images + images * limits.tokens_per_image, images
+
+
+@pytest.mark.parametrize("policy", ["cut", "drop"])
+def test_long_documents_end_with_their_last_answer_that_fits_or_are_left_out(policy: str) -> None:
+    source = random_source(400)
+    limits = replace(LIMITS, long_documents=policy)
+    packed = stream(source, limits=limits)
+    pieces = {piece.document: piece for sequence in epoch(packed) for piece in sequence}
+    cut = dropped = 0
+    for number, document in enumerate(source.documents):
+
+        def fits(stop: int, number: int = number) -> bool:
+            positions, images = positions_of(source, number, stop, limits)
+            return positions <= limits.seq_length and images <= limits.max_images
+
+        if fits(len(document)):
+            assert pieces[number][2:] == (0, len(document))
+            continue
+        trained = source.trained(np.array([number]))[0]
+        ends = [n for n in range(1, len(document) + 1) if trained[n - 1] and not (n < len(document) and trained[n])]
+        fitting = [end for end in ends if fits(end)]
+        if policy == "cut" and fitting:
+            assert pieces[number][2:] == (0, fitting[-1])
+            cut += 1
+        else:
+            assert number not in pieces
+            dropped += 1
+    assert sum(len(sequence) for sequence in epoch(packed)) == len(pieces)
+    assert packed.documents_of_epoch == (400 - dropped, cut, dropped)
+    assert dropped > 10 and (cut > 10) == (policy == "cut")
+
+
+def test_a_source_of_which_nothing_fits_is_told() -> None:
+    source = Lengths([[False] * 40] * 3)
+    with pytest.raises(UserError, match="data source '0' has nothing to train on"):
+        stream(source, limits=replace(LIMITS, long_documents="drop"))

@@ -115,6 +115,26 @@ def test_a_component_without_a_rate_of_its_own_follows_the_decoder(groups):
     assert component_learning_rates(config, optimizer) == dict.fromkeys(COMPONENTS, 1e-3)
 
 
+def test_a_component_that_is_frozen_at_first_is_left_alone_until_its_step(groups):
+    """Weight decay and gradient norm leave it out too; all others train."""
+    config = tiny(lr=1e-2, lr_warmup_iters=0)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, frozen_steps={"tower": 2}))
+    model = build_model(config, backend="local", pg_collection=groups)
+    optimizer, scheduler = build_optimizer(config, model, pg_collection=groups)
+    batches = synthetic_batches(config, "mixed")
+    for step in range(3):
+        before = {name: parameter.detach().clone() for name, parameter in named_parameters(model)}
+        statistics = train_step(
+            config, model, optimizer, scheduler, batches, pg_collection=groups, with_component_norms=True
+        )
+        after = dict(named_parameters(model))
+        moved = {component_of(name) for name, weight in before.items() if not torch.equal(weight, after[name])}
+        assert moved == set(COMPONENTS) - ({"tower"} if step < 2 else set())
+        norms = statistics.component_grad_norms
+        assert (norms["tower"] > 0) == (step == 2)
+        assert statistics.grad_norm == pytest.approx(math.hypot(*norms.values()), rel=1e-4)
+
+
 def test_every_parameter_belongs_to_a_component(groups):
     model = build_model(tiny(), backend="local", pg_collection=groups)
     assert {component_of(name) for name, _ in named_parameters(model)} == set(COMPONENTS)
@@ -194,7 +214,7 @@ def test_a_window_averages_its_steps_and_knows_every_ranks_images(groups):
     window = Window(tiny())
     statistics = StepStatistics(LossStatistics((3.0,), (2.0,)), 1.0, component_grad_norms=None, skipped=False)
     for images in ([4, 2, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]):
-        window.add(statistics, np.array(images), seconds=2.0, waited=0.5)
+        window.add(statistics, np.array(images), sequences=2, seconds=2.0, waited=0.5)
     figures = window.figures(3, 6, statistics, dict.fromkeys(COMPONENTS, 1e-3))
     assert figures["image_imbalance"] == pytest.approx((2 + 1 + 1) / 3)
     assert figures["data_wait_ms"] == pytest.approx(500)

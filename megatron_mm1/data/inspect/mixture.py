@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.data.plan import Sources, TrainingData, packing_limits
 from megatron_mm1.data.pools import PackingLimits, PieceOf
@@ -60,15 +61,18 @@ def cost(sources: Sources, limits: PackingLimits, piece: PieceOf, *, text_only: 
 
 def mixture_table(config: MM1Config, data: TrainingData, *, num_sequences: int) -> list[str]:
     """Lines: the realised mixture of the first sequences of every phase, and the epochs of the whole run."""
-    batch, steps = config.training.global_batch_size, config.training.train_iters
+    batches, steps = BatchSizes.of(config.training), config.training.train_iters
     starts = [0, *(phase.step for phase in config.data.curriculum if phase.step < steps)]
     lines = []
     for start, end in zip(starts, [*starts[1:], steps], strict=True):
-        indices = range(start * batch, min(start * batch + num_sequences, end * batch))
+        first = batches.sequences_before(start)
+        indices = range(first, min(first + num_sequences, batches.sequences_before(end)))
         lines.append(f"from step {start:,}, over {len(indices):,} sequences:")
         lines += _phase_table(data, realised_mixture(config, data, indices))
     lines.append(f"over the whole run of {steps:,} steps:")
-    lines += [f"  {name:<16} {value:>9.3f} epochs" for name, value in data.epochs(steps * batch).items()]
+    epochs = data.epochs(batches.sequences_before(steps))
+    lines += [f"  {name:<16} {value:>9.3f} epochs" for name, value in epochs.items()]
+    lines += [f"  {sentence}" for sentence in data.long_documents()]
     return lines
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.data.images import ImageProcessor, decode
 from megatron_mm1.data.images.preprocessing import EncodedImage
@@ -62,7 +63,7 @@ def page(config: MM1Config, data: TrainingData, tokenizer: Tokenizer, indices: S
 
 def random_indices(config: MM1Config, *, count: int, seed: int) -> list[int]:
     """Sequences of the whole run, each once, in order; the same seed gives the same ones."""
-    total = config.training.train_iters * config.training.global_batch_size
+    total = BatchSizes.of(config.training).sequences_before(config.training.train_iters)
     return sorted(KeyedPermutation(f"{seed}/page", total)(np.arange(min(count, total))).tolist())
 
 
@@ -74,7 +75,7 @@ def _sequence(
     text_only = config.data.text_only
     costs = [cost(data.sources, limits, piece, text_only=text_only) for piece in wanted]
     positions, images = sum(length for length, _ in costs), sum(tiles for _, tiles in costs)
-    step = index // config.training.global_batch_size + 1
+    step = BatchSizes.of(config.training).step_of(index) + 1
     heading = f"Sequence {index:,}, step {step:,}"
     images_of_limit = f"{images} of {limits.max_images} images"
     fill = f"{positions:,} of {limits.seq_length:,} positions, {images_of_limit}, {len(wanted)} examples"

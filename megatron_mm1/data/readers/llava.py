@@ -50,7 +50,7 @@ class Llava(RowReader):
 
     def document(self, row: Any, key: str) -> Document:
         system, turns = _turns(list_field(row, "conversations"))
-        paths = _image_paths(mapping(row).get("image"))
+        paths = image_paths(mapping(row).get("image"))
         marks = sum(question.count(IMAGE_MARK) for question, _ in turns)
         if marks != len(paths):
             raise RejectRecord(Reason.IMAGE_MARKS, f"{marks} marks, {len(paths)} images")
@@ -97,7 +97,12 @@ def _turns(conversation: list[Any]) -> tuple[str, list[tuple[str, str]]]:
     return system, list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _image_paths(field: Any) -> list[str]:
+def image_paths(field: Any) -> list[str]:
+    """Of a record's field: none, one, or a list.
+
+    Raises:
+        RejectRecord: it is something else.
+    """
     paths = [] if field is None else field if isinstance(field, list) else [field]
     if not all(isinstance(path, str) and path for path in paths):
         raise RejectRecord(Reason.WRONG_FIELDS, "image is neither a path nor a list of paths")

@@ -1,10 +1,12 @@
 """Readers by name, or by the import path of a class in the user's own package."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_mm1.data.readers.base import Reader, Shard
 from megatron_mm1.data.readers.captions import ParquetCaptions, WebDataset
+from megatron_mm1.data.readers.chat import Chat
 from megatron_mm1.data.readers.energon import Energon
 from megatron_mm1.data.readers.interleaved import Mmc4, Obelics
 from megatron_mm1.data.readers.jsonlines import Captions, Interleaved, PlainText, Questions
@@ -24,6 +26,7 @@ READERS: dict[str, type[Reader]] = {
     "text": PlainText,
     "questions": Questions,
     "llava": Llava,
+    "chat": Chat,
     "energon": Energon,
 }
 
@@ -55,13 +58,16 @@ class IterableReader(Reader):
             yield document
 
 
-def open_reader(name: str, path: Path, options: Mapping[str, str] | None = None) -> Reader:
+def open_reader(
+    name: str, path: Path, options: Mapping[str, str] | None = None, *, tokenizer: Path | None = None
+) -> Reader:
     """The reader called `name` over `path`.
 
     Args:
         name: of `READERS`, or the import path of a class: a `Reader`, or any class that takes a path and iterates over
             `Document` and `Rejected`.
         options: keyword-only parameters of the class, as texts.
+        tokenizer: for a class that has an option of that name, where `options` has none.
 
     Raises:
         UserError: there is no such reader, option or data set.
@@ -69,5 +75,8 @@ def open_reader(name: str, path: Path, options: Mapping[str, str] | None = None)
     reader_class = resolve("data reader", name, READERS)
     if not isinstance(reader_class, type):
         raise UserError(f"data reader {name!r} is no class")
-    reader = reader_class(path, **parse_options(reader_class, name, options or {}))
+    options = dict(options or {})
+    if tokenizer is not None and "tokenizer" in inspect.signature(reader_class).parameters:
+        options.setdefault("tokenizer", str(tokenizer))
+    reader = reader_class(path, **parse_options(reader_class, name, options))
     return reader if isinstance(reader, Reader) else IterableReader(path, reader, name=name)

@@ -54,6 +54,10 @@ class Tokenizer(ABC):
         """`encode` of each text, faster."""
 
     @abstractmethod
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode`, and which of the text's characters (start, stop) each token stands for."""
+
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special ids stand for nothing, bytes that are not UTF-8 become U+FFFD."""
 

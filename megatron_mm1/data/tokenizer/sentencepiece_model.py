@@ -41,6 +41,11 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.EncodeAsIds(list(texts), num_threads=1)  # callers run one process on each core
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self._processor.Encode(text, out_type="offset_mapping")
+        # Of the bytes of a character only the last one has it.
+        return encoded["ids"], [(start, max(stop, start + 1)) for start, stop in encoded["offsets"]]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.DecodeIds([int(token) for token in ids])
 

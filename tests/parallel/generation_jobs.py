@@ -11,12 +11,23 @@ from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_mm1.evaluation.runner import run_items
-from megatron_mm1.evaluation.task import Item, Measure, Outcome
-from megatron_mm1.inference.engine import Engine, Prompt, Score
+from megatron_mm1.inference.engine import Engine
+from megatron_mm1.inference.replica import Replica
+from megatron_mm1.inference.requests import (
+    GREEDY,
+    Failure,
+    Generation,
+    GenerationRequest,
+    Prompt,
+    Sampling,
+    Score,
+    ScoringRequest,
+)
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
+from megatron_mm1.parity.batches import synthetic_batches
 from megatron_mm1.training.build import build_module
 from megatron_mm1.training.checkpointing import load_weights
+from tests.parallel import jobs
 
 
 def run_engine(
@@ -28,8 +39,9 @@ def run_engine(
     max_new_tokens: int,
     batch_size: int = 64,
     special_ids: dict[str, int] | None = None,
-) -> tuple[list[list[int]], list[Score]]:
-    """Generated ids and scores; `special_ids` replaces ids of the tokenizer."""
+    samplings: list[Sampling] | None = None,
+) -> tuple[list[list[int] | Failure], list[Score | Failure]]:
+    """Generated ids and scores; `special_ids` replaces ids of the tokenizer, without `samplings` choices are greedy."""
     groups = build_process_groups(config.parallel, seed=1)
     try:
         model = build_module(config, backend="local", pg_collection=groups)
@@ -37,52 +49,47 @@ def run_engine(
         tokenizer = open_tokenizer(config.data.tokenizer)
         vars(tokenizer).update(special_ids or {})
         engine = Engine(config, model, tokenizer, pg_collection=groups, batch_size=batch_size)
-        ids = engine.generate_ids(prompts, max_new_tokens=max_new_tokens)
-        return ids, engine.score(prompts, continuations)
+        how = zip(prompts, samplings or [GREEDY] * len(prompts), strict=True)
+        answers = engine.generate(
+            [GenerationRequest(prompt=prompt, max_new_tokens=max_new_tokens, sampling=one) for prompt, one in how]
+        )
+        pairs = zip(prompts, continuations, strict=True)
+        scores = engine.score([ScoringRequest(prompt=prompt, continuation=text) for prompt, text in pairs])
+        return [list(one.token_ids) if isinstance(one, Generation) else one for one in answers], scores
     finally:
         destroy_process_groups()
 
 
-class Continue:
-    """A task: continue each prompt, and score its reference and another."""
-
-    max_new_tokens = 4
-
-    def __init__(self, prompts: list[Prompt], continuations: list[str]) -> None:
-        self.prompts, self.continuations = prompts, continuations
-
-    def items(self) -> list[Item]:
-        pairs = enumerate(zip(self.prompts, self.continuations, strict=True))
-        return [
-            Item(key=str(number), prompt=tuple(prompt), reference=text, scored=((tuple(prompt), text),) * (number % 3))
-            for number, (prompt, text) in pairs
-        ]
-
-    def measure(self, item: Item, outcome: Outcome) -> dict[str, Measure]:
-        return {}
-
-
-def run_task(config: MM1Config, checkpoint: Path, task: Continue) -> list[Outcome]:
-    """Outcomes of the task's items, dealt over the copies of the model."""
-    groups = build_process_groups(config.parallel, seed=1)
-    try:
-        model = build_module(config, backend="local", pg_collection=groups)
-        load_weights(checkpoint, [model], pg_collection=groups)
-        engine = Engine(config, model, open_tokenizer(config.data.tokenizer), pg_collection=groups)
-        return run_items(engine, task, task.items(), label="continue")
-    finally:
-        destroy_process_groups()
+def ask_in_training(
+    config: MM1Config, checkpoint: Path, prompts: list[Prompt], *, max_new_tokens: int
+) -> tuple[list[list[int]], bool]:
+    """Ids generated before the first step, and whether two steps change every weight as they do when nobody asks."""
+    answers: list[list[list[int]]] = []
+    trained = []
+    for asked in (True, False):
+        run = jobs.Run(config)
+        run.load_weights(checkpoint)
+        losses = []
+        for _ in range(2):
+            if asked:
+                tokenizer = open_tokenizer(config.data.tokenizer)
+                engine = Engine(config, run.model, tokenizer, pg_collection=run.groups)
+                requests = [GenerationRequest(prompt=prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
+                answers.append([list(one.token_ids) for one in engine.generate(requests)])
+            losses.append(run.step(run.share(synthetic_batches(config, "mixed")))["loss"])
+        weights = [weight.detach().clone() for chunk in run.model for weight in chunk.parameters()]
+        trained.append((losses, weights))
+        run.close()
+    (losses, weights), (other_losses, other_weights) = trained
+    same = all(torch.equal(ours, other) for ours, other in zip(weights, other_weights, strict=True))
+    return answers[0], losses == other_losses and same
 
 
 def replicas(config: MM1Config) -> tuple[int, int, bool]:
     """(copies of the model, this rank's copy, whether it speaks for it) of a layout."""
-    groups = build_process_groups(config.parallel, seed=1)
-    try:
-        model = torch.nn.Identity()
-        engine = Engine(config, model, open_tokenizer(config.data.tokenizer), pg_collection=groups)
-        return engine.num_replicas, engine.replica, engine.is_replica_leader
-    finally:
-        destroy_process_groups()
+    replica = Replica([], build_process_groups(config.parallel, seed=1))
+    destroy_process_groups()
+    return replica.count, replica.index, replica.is_leader
 
 
 @torch.no_grad()

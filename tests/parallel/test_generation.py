@@ -16,10 +16,10 @@ import pytest
 from megatron_mm1.config.presets import preset
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import open_tokenizer, train_tokenizer
-from megatron_mm1.parity.workers import WorkerError
-from tests.integration import generation
-from tests.integration.generation import with_data
+from megatron_mm1.inference.requests import Failure, Sampling
+from tests.parallel import generation_jobs as generation
 from tests.parallel import jobs
+from tests.parallel.generation_jobs import with_data
 
 NEW_TOKENS = 6
 LAYOUTS = {
@@ -27,12 +27,17 @@ LAYOUTS = {
     "TP2 + SP": ("mm1-tiny", dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     "PP2": ("mm1-tiny", dict(pipeline_model_parallel_size=2)),
     "DP2": ("mm1-tiny", {}),
+    "TP2 x PP2": ("mm1-tiny", dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
     "EP2": ("mm1-tiny-moe", dict(expert_model_parallel_size=2)),
     "TP2 + SP, EP2": (
         "mm1-tiny-moe",
         dict(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2),
     ),
 }
+
+
+def processes(sizes) -> int:
+    return max(2, sizes.get("tensor_model_parallel_size", 1) * sizes.get("pipeline_model_parallel_size", 1))
 
 
 def picture(seed: int) -> Image:
@@ -137,10 +142,49 @@ def test_layouts_equal_one_process(pool, model, name, sizes):
     config = jobs.with_parallel(config, **sizes)
     arguments = (config, checkpoint, PROMPTS, CONTINUATIONS)
     # Batches of 5 and 1: one row of an odd length is what sequence parallelism must pad.
-    ranks = pool(2).run(generation.run_engine, *arguments, max_new_tokens=NEW_TOKENS, batch_size=5)
-    for ids, scores in ranks:
+    workers = pool(processes(sizes))
+    for ids, scores in workers.run(generation.run_engine, *arguments, max_new_tokens=NEW_TOKENS, batch_size=5):
         assert ids == expected_ids
         assert_scores(scores, expected_scores)
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP2 x PP2", "EP2"])
+def test_the_same_seeds_give_the_same_texts_in_a_layout(pool, model, layout):
+    name, sizes = LAYOUTS[layout]
+    config, checkpoint, (greedy, _) = model(name)
+    kinds = [dict(), dict(top_k=9), dict(top_p=0.9), dict(top_k=50, top_p=0.7), dict(temperature=0.7), dict(top_p=0.99)]
+    samplings = [Sampling(**{"temperature": 1.2, "seed": n, **kind}) for n, kind in enumerate(kinds)]
+    options = dict(max_new_tokens=NEW_TOKENS, samplings=samplings)
+    arguments = (checkpoint, PROMPTS, CONTINUATIONS)
+    [(expected, _)] = pool(1).run(generation.run_engine, config, *arguments, **options, batch_size=1)
+    assert expected != greedy
+    config = jobs.with_parallel(config, **sizes)
+    for ids, _ in pool(processes(sizes)).run(generation.run_engine, config, *arguments, **options, batch_size=4):
+        assert ids == expected
+
+
+TRAINING_LAYOUTS = {
+    "TP2 + SP, images shared out": (
+        "mm1-tiny",
+        dict(tensor_model_parallel_size=2, sequence_parallel=True, vision_parallel_mode="data"),
+    ),
+    "PP2 VPP2": ("mm1-tiny", dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+    "CP2": ("mm1-tiny", dict(context_parallel_size=2)),
+    "EP2, distributed optimizer": (
+        "mm1-tiny-moe",
+        dict(expert_model_parallel_size=2, use_distributed_optimizer=True),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "sizes"), TRAINING_LAYOUTS.values(), ids=TRAINING_LAYOUTS)
+def test_a_model_in_training_answers_and_trains_on_as_if_nobody_had_asked(pool, model, name, sizes):
+    config, checkpoint, (expected_ids, _) = model(name)
+    config = jobs.with_parallel(config, **sizes)
+    ranks = pool(2).run(generation.ask_in_training, config, checkpoint, PROMPTS, max_new_tokens=NEW_TOKENS)
+    for ids, same in ranks:
+        assert ids == expected_ids
+        assert same
 
 
 def test_the_end_of_text_stops_one_prompt_and_not_the_others(run):
@@ -173,16 +217,19 @@ def test_a_model_trained_without_images_sees_none(run):
     assert ids[2] == ids[3]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "tokens", "message"),
-    [
-        ((A,), 60, "a prompt of 5 positions and 60 new tokens do not fit the 64 positions"),
-        ((A, Image(b"no image")), 1, "image 2 of the prompts cannot be decoded"),
-    ],
-)
-def test_unusable_prompts_are_refused(run, prompt, tokens, message):
-    with pytest.raises(WorkerError, match=f"UserError: {message}"):
-        run([prompt], [""], max_new_tokens=tokens)
+def test_what_cannot_be_answered_says_so_and_leaves_the_others_alone(run, model):
+    damaged = Image(A.data[:60])
+    prompts = [PROMPTS[2], (A, damaged), PROMPTS[3], tuple([A] * 20), (damaged,)]
+    ids, scores = run(prompts, ["a cat"] * 5)
+    expected = [
+        "image 2 of the prompt cannot be decoded",
+        "the prompt's 81 positions (20 images of 4 each) and 6 more do not fit the 64 that the model was trained with: "
+        "shorten it, leave images out, or ask for less",
+        "image 1 of the prompt cannot be decoded",
+    ]
+    assert [ids[n].message for n in (1, 3, 4)] == expected
+    assert [ids[0], ids[2]] == [model("mm1-tiny")[2][0][n] for n in (2, 3)]
+    assert [isinstance(score, Failure) for score in scores] == [False, True, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -199,20 +246,8 @@ def test_ranks_that_share_weights_work_on_the_same_prompts(pool, model, name, si
     assert pool(2).run(generation.replicas, config) == expected
 
 
-@pytest.mark.parametrize(("name", "sizes"), LAYOUTS.values(), ids=LAYOUTS)
-def test_a_task_has_the_same_outcomes_in_every_layout(pool, model, name, sizes):
-    config, checkpoint, _ = model(name)
-    task = generation.Continue(PROMPTS[:5], CONTINUATIONS[:5])  # an odd number of items, and 0, 1 or 2 scores of each
-    [expected] = pool(1).run(generation.run_task, config, checkpoint, task)
-    assert [len(outcome.scores) for outcome in expected] == [0, 1, 2, 0, 1]
-    for outcomes in pool(2).run(generation.run_task, jobs.with_parallel(config, **sizes), checkpoint, task):
-        assert [outcome.text for outcome in outcomes] == [outcome.text for outcome in expected]
-        for outcome, one_process in zip(outcomes, expected, strict=True):
-            assert_scores(outcome.scores, [(score.log_likelihood, score.num_tokens) for score in one_process.scores])
-
-
-def mm1_caption(checkpoint: Path, *images: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "megatron_mm1", "caption", "--checkpoint", checkpoint, "--image", *images]
+def mm1(*arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megatron_mm1", *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
@@ -220,7 +255,7 @@ def mm1_caption(checkpoint: Path, *images: Path) -> subprocess.CompletedProcess:
 def test_caption_refuses_a_file_that_is_no_image(model, tmp_path):
     file = tmp_path / "notes.png"
     file.write_text("no image")
-    result = mm1_caption(model("mm1-tiny")[1], file)
+    result = mm1("caption", "--checkpoint", model("mm1-tiny")[1], "--image", file)
     assert (result.returncode, result.stderr.strip().splitlines()[-1]) == (
         2,
         f"mm1: error: cannot use image {file}: not an image",
@@ -233,6 +268,27 @@ def test_caption_refuses_another_tokenizer(model, tokenizer, tmp_path):
     checkpoint = shutil.copytree(model("mm1-tiny")[1], tmp_path / "checkpoint")
     fields = json.loads((checkpoint / "mm1.json").read_text())
     (checkpoint / "mm1.json").write_text(json.dumps({**fields, "tokenizer_fingerprint": "another"}))
-    result = mm1_caption(checkpoint, file)
+    result = mm1("caption", "--checkpoint", checkpoint, "--image", file)
     assert result.returncode == 2
     assert open_tokenizer(tokenizer).fingerprint[:12] in result.stderr
+
+
+def test_lines_are_answered_in_order_and_bad_ones_have_an_error(model, tmp_path):
+    (tmp_path / "a.png").write_bytes(A.data)
+    question = {"prompt": "<image>Question: what is this? Short answer:", "images": ["a.png"]}
+    lines = [
+        json.dumps(question),
+        "no JSON",
+        json.dumps({**question, "images": ["b.png"], "id": 3}),
+        json.dumps(question),
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    options = ["--max-new-tokens", str(NEW_TOKENS), "--batch-size", "1"]
+    files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
+    result = mm1("generate", "--checkpoint", model("mm1-tiny")[1], *files, *options)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "mm1: 2 of 4 lines could not be answered: see their error"
+    first, second, third, fourth = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first == fourth and first["num_tokens"] == len(model("mm1-tiny")[2][0][2])
+    assert second["line"] == 2 and second["error"].startswith("this is no JSON")
+    assert third["id"] == 3 and third["error"] == f"cannot read image {tmp_path}/b.png: No such file or directory"

@@ -1,0 +1,185 @@
+"""The report of an evaluation as one HTML file, which needs nothing else to be shown."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from functools import cache
+from string import Template
+from typing import Any
+
+import PIL.Image
+
+from megatron_mm1.evaluation.items import ImageFile, Prompt
+from megatron_mm1.evaluation.plot import shots_plot
+from megatron_mm1.evaluation.published import SOURCE
+from megatron_mm1.evaluation.results import MeasuredItem, Result, by_task
+from megatron_mm1.evaluation.tables import (
+    Table,
+    counts_table,
+    figures_table,
+    headlines_table,
+    published_tables,
+    refusals,
+    verdicts,
+)
+
+_SHOWN_SIDE = 128
+"""px; pictures on the page are no larger."""
+_FAILURES, _SUCCESSES = 8, 4
+"""Samples of a task: so many with the lowest scores, then so many with the highest."""
+_SHOWN_REFUSALS = 50
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --line: #8886; --right: #2da44e; --wrong: #d1572a; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.4rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
+.note { opacity: .75; font-size: .85rem; margin: .3rem 0; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; margin: .6rem 0; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+.plot { width: 34rem; max-width: 100%; border-radius: .3rem; }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .8rem; }
+article { border: 1px solid var(--line); border-left-width: .3rem; border-radius: .3rem; padding: .5rem .7rem; }
+article.right { border-left-color: var(--right); } article.wrong { border-left-color: var(--wrong); }
+.prompt { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
+.prompt img { height: 2.6rem; max-width: 6rem; vertical-align: middle; margin: .1rem .3rem .1rem 0; }
+.query img { height: 6rem; max-width: 12rem; } .query { border-top: 1px dashed var(--line); padding-top: .3rem; }
+ul { margin: .4rem 0; padding-left: 1.1rem; font-size: .85rem; } li { overflow-wrap: anywhere; }
+details { margin: 2rem 0; } summary { cursor: pointer; font-weight: bold; }
+li.right b { color: var(--right); } li.wrong b { color: var(--wrong); }
+</style></head><body>
+<h1>$title</h1>
+<p class="note">$description</p>
+$tables
+$tasks
+<details><summary>All figures</summary>
+$figures
+</details>
+<h2>Items</h2>
+$counts
+$refusals
+</body></html>
+""")
+
+
+def page(description: Mapping[str, Any], results: Sequence[Result], *, name: str, with_images: bool = True) -> str:
+    """HTML of results.
+
+    Args:
+        description: what was evaluated and how.
+        name: of the model.
+        with_images: the model sees images.
+    """
+    picture = cache(_picture) if with_images else _no_picture
+    tables = [_table(headlines_table(results))]
+    published = published_tables(results, name=name)
+    if published:
+        tables.append(f'<h2>Beside MM1</h2><p class="note">{html.escape(SOURCE)}</p>')
+        tables += [_table(table) for table in published]
+    return _PAGE.substitute(
+        title=html.escape(f"Evaluation of {name}"),
+        description=html.escape(_told(description)),
+        tables="\n".join(tables),
+        tasks="\n".join(_task(task, of_task, picture) for task, of_task in by_task(results).items()),
+        figures=_table(figures_table(results)),
+        counts=_table(counts_table(results)),
+        refusals=_refusals(results),
+    )
+
+
+def _told(description: Mapping[str, Any]) -> str:
+    facts = {**description["checkpoint"], **description["few_shot"], "limit": description["limit"]}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None)
+
+
+def _table(table: Table) -> str:
+    rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table[1:]]
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table[0])
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
+
+
+def _task(task: str, results: Sequence[Result], picture: Any) -> str:
+    own = [one for one in results if not one.is_control]
+    most = own[-1]
+    parts = [f"<h2>{html.escape(task)}</h2>"]
+    if most.values():
+        plot = base64.b64encode(shots_plot(results)).decode()
+        parts.append(f'<img class="plot" alt="score against shots" src="data:image/svg+xml;base64,{plot}">')
+    parts += [f"<p>{html.escape(line)}</p>" for line in verdicts(results)]
+    note = f"Items with {most.settings.shots} shots, those with the lowest {most.headline} first."
+    samples = "".join(_sample(one, most, results, picture) for one in chosen_samples(most))
+    return "\n".join([*parts, f'<p class="note">{html.escape(note)}</p><div class="samples">{samples}</div>'])
+
+
+def chosen_samples(result: Result) -> list[MeasuredItem]:
+    """Items to show, failures first: the order of items is a fair sample, so the first of equals are one."""
+    values = result.values()
+    ranked = sorted(result.measured, key=lambda one: values.get(one.item.key, 0.0))
+    best = sorted(ranked[_FAILURES:], key=lambda one: -values.get(one.item.key, 0.0))[:_SUCCESSES]
+    return ranked[:_FAILURES] + best
+
+
+def _sample(one: MeasuredItem, result: Result, results: Sequence[Result], picture: Any) -> str:
+    value = result.values().get(one.item.key, 0.0)
+    before, query = _split(one)
+    shown = [f'<div class="prompt">{_prompt(before, picture)}</div>'] if before else []
+    shown.append(f'<div class="prompt query">{_prompt(query, picture)}</div>')
+    answers = "".join(_answer(one.item.key, other) for other in results)
+    truth = " / ".join(dict.fromkeys(one.item.truths))
+    key = f'<p class="note">{html.escape(one.item.key)}: {html.escape(result.headline)} {value:.3g}</p>'
+    listed = f"<ul><li>truth: <b>{html.escape(truth)}</b></li>{answers}</ul>"
+    return f'<article class="{_mark(value)}">{key}{"".join(shown)}{listed}</article>'
+
+
+def _split(one: MeasuredItem) -> tuple[Prompt, Prompt]:
+    """Demonstrations and query: the last images of a prompt are the item's own."""
+    prompt, count = one.request.prompt, len(one.item.images)
+    places = [index for index, part in enumerate(prompt) if isinstance(part, ImageFile)]
+    start = places[-count] if count and len(places) > count else 0
+    return prompt[:start], prompt[start:]
+
+
+def _answer(key: str, result: Result) -> str:
+    """What came of an item in another way of asking."""
+    found = next((one for one in result.measured if one.item.key == key), None)
+    way = f"{result.settings.shots} shots" + (", images exchanged" if result.is_control else "")
+    if found is None:
+        return f"<li>{way}: not answered</li>"
+    value = result.values().get(key, 0.0)
+    told = f"“{html.escape(found.outcome.raw.strip())}”" if found.outcome.raw else f"{result.headline} {value:.3g}"
+    return f'<li class="{_mark(value)}">{way}: <b>{told}</b></li>'
+
+
+def _mark(value: float) -> str:
+    return "right" if value >= 0.5 else "wrong"
+
+
+def _prompt(prompt: Prompt, picture: Any) -> str:
+    return "".join(picture(part) if isinstance(part, ImageFile) else html.escape(part.text) for part in prompt)
+
+
+def _picture(image: ImageFile) -> str:
+    with PIL.Image.open(io.BytesIO(image.read().data)) as opened:
+        small = opened.convert("RGB")
+    small.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
+    content = io.BytesIO()
+    small.save(content, "JPEG", quality=85)
+    source = base64.b64encode(content.getvalue()).decode()
+    return f'<img alt="" title="{html.escape(str(image))}" src="data:image/jpeg;base64,{source}">'
+
+
+def _no_picture(image: ImageFile) -> str:
+    return "&lt;image&gt;"
+
+
+def _refusals(results: Sequence[Result]) -> str:
+    lines = refusals(results)
+    if not lines:
+        return ""
+    more = f"<p>.. and {len(lines) - _SHOWN_REFUSALS} more in items.jsonl</p>" if len(lines) > _SHOWN_REFUSALS else ""
+    listed = "".join(f"<li>{html.escape(line)}</li>" for line in lines[:_SHOWN_REFUSALS])
+    return f"<h2>Not asked, or not answered</h2><p class=note>They count in no figure.</p><ul>{listed}</ul>{more}"

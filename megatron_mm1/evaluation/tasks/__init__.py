@@ -1,0 +1,1 @@
+"""Benchmarks, one a file: each reads its official files from a local folder."""

@@ -1,0 +1,228 @@
+"""What the engine promises of its answers, on one process: who else is asked, and how often, changes none of them."""
+
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_mm1.config import (
+    ConnectorConfig,
+    DataConfig,
+    DecoderConfig,
+    Fp8Config,
+    MM1Config,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    VisionConfig,
+)
+from megatron_mm1.data.records import Control, Image, Text
+from megatron_mm1.errors import UserError
+from megatron_mm1.inference.engine import Engine
+from megatron_mm1.inference.requests import (
+    Failure,
+    Generation,
+    GenerationRequest,
+    ImageOfSize,
+    Sampling,
+    Score,
+    ScoringRequest,
+)
+from megatron_mm1.training.build import build_module
+from tests.corpora import encoded, small_tokenizer
+
+A, B, C = (Image(encoded(seed=seed)) for seed in range(3))
+PROMPTS = [
+    (A, Text(" is a red")),
+    (Text("the big circle and"),),
+    (Text("a "), B, Text(" of "), A, C, Text("blue square in")),
+    (Control("</s>"), Text("with")),
+    (C,),
+]
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=1.0, seed=1),
+    Sampling(temperature=0.8, top_k=20, seed=2),
+    Sampling(temperature=1.5, top_p=0.8, seed=3),
+    Sampling(temperature=1.0, seed=4),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def config(tokenizer) -> MM1Config:
+    return MM1Config(
+        name="asked",
+        model=ModelConfig(
+            vision=VisionConfig(
+                image_size=32, patch_size=8, num_layers=1, hidden_size=24, ffn_hidden_size=40, num_attention_heads=4
+            ),
+            connector=ConnectorConfig(connector="average_pool", tokens_per_image=4),
+            decoder=DecoderConfig(  # large weights: otherwise it repeats one token
+                num_layers=2,
+                hidden_size=48,
+                ffn_hidden_size=96,
+                num_attention_heads=6,
+                num_query_groups=2,
+                vocab_size=tokenizer.vocab_size,
+                init_method_std=0.15,
+            ),
+        ),
+        data=DataConfig(tokenizer=str(tokenizer.path), seq_length=96),
+        optimizer=OptimizerConfig(lr=1e-3),
+        training=TrainingConfig(precision="fp32"),
+    )
+
+
+@pytest.fixture(scope="module")
+def model(config, groups) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_module(config, backend="local", pg_collection=groups)
+
+
+@pytest.fixture
+def engine(config, model, tokenizer, groups):
+    """`engine(**options)`: a new one."""
+    return lambda **options: Engine(options.pop("config", config), model, tokenizer, pg_collection=groups, **options)
+
+
+def requests(*, new_tokens: int = 12) -> list[GenerationRequest]:
+    """Each prompt with each sampling, and lengths of all kinds."""
+    return [
+        GenerationRequest(prompt=prompt, max_new_tokens=1 + (7 * n) % new_tokens, sampling=sampling)
+        for n, (prompt, sampling) in enumerate((p, s) for p in PROMPTS for s in SAMPLINGS)
+    ]
+
+
+@pytest.mark.parametrize("options", [dict(batch_size=3), dict(batch_size=64), dict(batch_size=5, max_positions=40)])
+def test_answers_do_not_depend_on_what_else_is_asked(engine, options):
+    asked = requests()
+    alone = [engine().generate([request])[0] for request in asked]
+    assert len({answer.token_ids for answer in alone}) > 15
+    assert engine(**options).generate(asked) == alone
+    assert engine(**options).generate(asked[::-1]) == alone[::-1]
+
+
+def test_seeds_give_different_texts_and_the_same_one_again(engine):
+    asked = [
+        GenerationRequest(prompt=PROMPTS[0], max_new_tokens=8, sampling=Sampling(temperature=1.0, seed=seed))
+        for seed in [0, 1, 2, 0]
+    ]
+    texts = [answer.text for answer in engine().generate(asked)]
+    assert texts[0] == texts[3] and len(set(texts)) == 3
+
+
+def test_text_ends_before_a_stop_string_wherever_its_tokens_end(engine, tokenizer):
+    [free] = engine().generate([GenerationRequest(prompt=PROMPTS[2], max_new_tokens=12)])
+    assert free.finish_reason == "length" and len(free.token_ids) == 12
+    first = len(tokenizer.decode(free.token_ids[:4]))
+    stop = free.text[first - 1 : first + 1]  # the end of a token and the beginning of the next
+    asked = GenerationRequest(prompt=PROMPTS[2], max_new_tokens=12, stop=(stop,))
+    [stopped] = engine().generate([asked])
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)] and len(stopped.token_ids) < 12
+
+
+def test_pieces_of_text_make_the_answers(engine):
+    pieces = defaultdict(list)
+    asked = [replace(request, stop=(" ",)) if n % 2 else request for n, request in enumerate(requests())]
+    answers = engine(batch_size=4).generate(asked, on_text=lambda index, text: pieces[index].append(text))
+    assert ["".join(pieces[n]) for n in range(len(asked))] == [answer.text for answer in answers]
+    assert max(map(len, pieces.values())) > 2
+    assert {answer.finish_reason for answer in answers} >= {"stop", "length"}
+
+
+def test_an_image_is_encoded_once_in_the_life_of_an_engine(engine, model):
+    asked = [GenerationRequest(prompt=prompt, max_new_tokens=2) for prompt in [*PROMPTS, *PROMPTS]]
+    once = engine(batch_size=2)
+    once.generate(asked)
+    once.score([ScoringRequest(prompt=(A, B), continuation="a")])
+    assert once.features.num_encoded == 3
+
+
+def test_images_are_forgotten_when_memory_is_short_and_answers_stay(engine):
+    asked = [GenerationRequest(prompt=prompt, max_new_tokens=4) for prompt in [*PROMPTS, *PROMPTS]]
+    short = engine(batch_size=2, image_cache_bytes=4 * 48 * 4)  # one image
+    assert short.generate(asked) == engine().generate(asked)
+    assert short.features.num_encoded > 3
+
+
+def test_texts_behind_one_prompt_are_scored_as_each_by_itself(engine):
+    texts = ["a", " blue square", "the red circle with a big", ""]
+    asked = [
+        ScoringRequest(prompt=prompt, continuation=text, with_end=with_end)
+        for text in texts
+        for prompt in PROMPTS
+        for with_end in (True, False)
+    ]
+    alone = [engine().score([request])[0] for request in asked]
+    assert sum(isinstance(score, Failure) for score in alone) == len(PROMPTS)  # no text and no end of it
+    for options in (dict(), dict(max_positions=30)):
+        for score, expected in zip(engine(**options).score(asked), alone, strict=True):
+            assert type(score) is type(expected)
+            if isinstance(score, Score) and isinstance(expected, Score):
+                assert score.token_log_likelihoods == pytest.approx(expected.token_log_likelihoods, abs=1e-5)
+
+
+def test_a_score_is_what_generation_samples_from(engine, tokenizer):
+    """The likeliest token is what greedy generation takes, and probabilities of all first tokens add up to 1."""
+    [greedy] = engine().generate([GenerationRequest(prompt=PROMPTS[0], max_new_tokens=1)])
+    scores = {}
+    for token in range(tokenizer.vocab_size):
+        text = tokenizer.decode([token])
+        if tokenizer.encode(text) == [token]:
+            scores[token] = text
+    answers = engine().score(
+        [ScoringRequest(prompt=PROMPTS[0], continuation=text, with_end=False) for text in scores.values()]
+    )
+    found = {token: answer.log_likelihood for token, answer in zip(scores, answers, strict=True)}
+    assert greedy.token_ids[0] not in found or max(found, key=found.get) == greedy.token_ids[0]
+    assert 0 < sum(torch.tensor(list(found.values())).exp().tolist()) <= 1 + 1e-5
+
+
+def test_an_image_can_be_shown_in_another_resolution(engine, config):
+    asked = [
+        GenerationRequest(prompt=(image, Text(" is a")), max_new_tokens=10)
+        for image in (A, ImageOfSize(A.data, image_size=64), ImageOfSize(A.data, image_size=32))
+    ]
+    usual, large, same = engine().generate(asked)
+    assert usual == same and isinstance(large, Generation) and large.token_ids != usual.token_ids
+    bad = GenerationRequest(prompt=(ImageOfSize(A.data, image_size=33),), max_new_tokens=1)
+    assert engine().generate([bad]) == [Failure("image_size is 33: give a multiple of the tower's patches of 8 px")]
+
+
+def test_what_the_tokenizer_lacks_fails_its_own_request(engine):
+    asked = [GenerationRequest(prompt=(Control(symbol),), max_new_tokens=1) for symbol in ("<|nobody|>", "</s>")]
+    failed, answered = engine().generate(asked)
+    assert isinstance(failed, Failure) and "has no control symbol '<|nobody|>'" in failed.message
+    assert isinstance(answered, Generation)
+
+
+def test_modules_are_in_the_mode_they_were_in(engine, model):
+    model.train()
+    model.get_submodule("tower").eval()
+    before = [module.training for module in model.modules()]
+    engine().generate(requests()[:2])
+    assert [module.training for module in model.modules()] == before
+    assert True in before and False in before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: replace(config, data=replace(config.data, image_tiling="dynamic")), "image_tiling dynamic"),
+        (
+            lambda config: replace(config, fp8=Fp8Config(tower_recipe="fp8_delayed")),
+            "the tower: multiplied by fp8_delayed",
+        ),
+    ],
+)
+def test_models_that_cannot_be_asked_are_refused(engine, config, change, message):
+    with pytest.raises(UserError, match=message):
+        engine(config=change(config))
