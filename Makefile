@@ -42,7 +42,7 @@ test-newest:  ## the same tests with the newest torch, in .venv-newest
 test-gpu: venv  ## what only a GPU can show; there a skipped test fails the run
 	$(BIN)/pytest -q -m gpu tests/gpu
 
-bench-gpu: venv  ## speed on one H100: slices of the presets, at most 8 minutes; writes benchmarks/cards/
+bench-gpu: venv  ## speed on one H100: slices of the presets, at most 16 minutes; writes benchmarks/cards/
 	$(BIN)/python benchmarks/gpu.py
 
 bench-gpu-dry-run: venv  ## the same without a GPU: every slice and variant on torch's meta device

@@ -150,7 +150,9 @@ def write_cards(folder: Path, cards: Sequence[Mapping[str, Any]]) -> list[Path]:
     files = []
     for content in cards:
         file = folder / f"{content['preset']}-{content['date']}.yaml"
-        file.write_text(yaml.safe_dump(dict(content), sort_keys=False, width=120))
+        # By way of JSON, which takes subclasses of str and the like for what they are; YAML refuses them.
+        plain = json.loads(json.dumps(content, default=str))
+        file.write_text(yaml.safe_dump(plain, sort_keys=False, width=120))
         files.append(file)
     return files
 

@@ -4,9 +4,11 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
 
 from megatron_mm1.config import Fp8Config, MM1Config
@@ -21,7 +23,10 @@ from megatron_mm1.parallel.device import device
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
 from megatron_mm1.parity.batches import synthetic_batches
 from megatron_mm1.training.build import build_model, build_module, unwrap
+from megatron_mm1.training.fp8_scales import with_scales
+from megatron_mm1.training.sharding import NAMING
 from megatron_mm1.training.step import evaluate_batches
+from tests.parallel import jobs
 
 _EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc[12]\.weight)$")
 
@@ -202,3 +207,42 @@ def weights_renewed(config: MM1Config, *, passes: int) -> set[tuple[bool, ...]]:
         evaluate_batches(config, model, synthetic_batches(config, "mixed"), pg_collection=groups)
     destroy_process_groups()
     return {tuple(seen) for seen in renewed.values()}
+
+
+class _ScaledRun(jobs.Run):
+    """A run in Transformer Engine's backend."""
+
+    backend = "transformer_engine"
+
+    def scales(self) -> dict[str, dict[str, Tensor]]:
+        """Those that a checkpoint would have, by their names in it."""
+        found = {}
+        for stage in map(unwrap, self.model):
+            described = stage.sharded_state_dict(metadata={**NAMING, "dp_cp_group": self.groups.dp_cp})
+            found |= {
+                entry.unique_key: entry.data
+                for entry in with_scales(stage, described).values()
+                if isinstance(entry, ShardedObject)
+            }
+        return found
+
+
+def save_scales(config: MM1Config, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Save after two steps; this rank's scales."""
+    run = _ScaledRun(config)
+    for _ in range(2):
+        run.step(run.share(synthetic_batches(config, "mixed")))
+    run.save(folder, iteration=2)
+    scales = run.scales()
+    run.close()
+    return scales
+
+
+def load_scales(config: MM1Config, checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
+    """This rank's scales once the checkpoint is loaded, and the components said to start without."""
+    run = _ScaledRun(config)
+    without = run.load(checkpoint)
+    scales = run.scales()
+    run.step(run.share(synthetic_batches(config, "mixed")))  # goes on
+    run.close()
+    return scales, without

@@ -62,6 +62,7 @@ class MM1Model(MegatronModule):
         super().__init__(decoder_transformer_config(config, backend=backend))
         self.model_type = ModelType.encoder_or_decoder  # the schedules ask
         self.backend = backend
+        self.fp8 = config.fp8
         self.pg_collection = pg_collection
         self.vp_stage = vp_stage
         pp, last_virtual = pg_collection.pp, config.parallel.virtual_pipeline_model_parallel_size - 1

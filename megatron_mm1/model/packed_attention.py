@@ -36,12 +36,23 @@ class ContextParallelParams(PackedSeqParams):
     chunks: tuple[ChunkBoundaries, ...] = ()
 
 
+@dataclass
+class EqualExamples(PackedSeqParams):
+    """The boundaries of examples of one length, and that they are: numbers on the host, for attention in one batch.
+
+    Positions after the last of them are padding, whose attention nobody needs.
+    """
+
+    examples: int = 0
+    length: int = 0
+
+
 class PackedAttention(LocalAttention):
     """torch's variable-length attention behind megatron-core's core-attention interface, in bf16.
 
-    Three uses: the decoder passes packed examples; a tower under FP8 passes packed images, which see all of
-    themselves, and otherwise images side by side, without boundaries; context-parallel ranks pass their own positions
-    and gather each other's keys and values.
+    Three uses: the decoder passes packed examples; a tower passes images side by side, without boundaries, or under FP8
+    packed, of one length, which makes them a batch again; context-parallel ranks pass their own positions and gather
+    each other's keys and values.
     """
 
     def __init__(
@@ -74,7 +85,8 @@ class PackedAttention(LocalAttention):
             attention_mask: unused: boundaries say it all.
 
         Returns:
-            [T, heads * head_dim], [T / C, 1, heads * head_dim] or [s, b, heads * head_dim].
+            [T, heads * head_dim], [T / C, 1, heads * head_dim] or [s, b, heads * head_dim]; zeros for the padding after
+            examples of one length.
         """
         if packed_seq_params is None:
             return super().forward(query, key, value, None)
@@ -83,7 +95,25 @@ class PackedAttention(LocalAttention):
             return attend_from_chunks(
                 self._attend, query, key, value, chunks=packed_seq_params.chunks, group=self.context_group
             )
+        if isinstance(packed_seq_params, EqualExamples) and self.window == FULL:
+            return self._attend_batched(query, key, value, packed_seq_params)
         return self._attend(query, key, value, packed_seq_params)
+
+    def _attend_batched(self, query: Tensor, key: Tensor, value: Tensor, equal: EqualExamples) -> Tensor:
+        """[T, heads * head_dim]."""
+        rows = equal.examples * equal.length
+        query_batch, key_batch, value_batch = (
+            x[:rows].unflatten(0, (equal.examples, equal.length)).transpose(1, 2) for x in (query, key, value)
+        )
+        context = torch.nn.functional.scaled_dot_product_attention(
+            query_batch,
+            key_batch,
+            value_batch,
+            scale=self.softmax_scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        context = context.transpose(1, 2).reshape(rows, -1)
+        return torch.nn.functional.pad(context, (0, 0, 0, len(query) - rows)) if rows < len(query) else context
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, boundaries: PackedSeqParams | ChunkBoundaries

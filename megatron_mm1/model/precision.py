@@ -9,7 +9,7 @@ import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
 from megatron.core.transformer import TransformerConfig
 
 from megatron_mm1.config.derived import row_multiple
@@ -37,6 +37,11 @@ def with_recipe(config: TransformerConfig, recipe: Fp8Recipe) -> TransformerConf
     if recipe == "fp8_delayed":
         changed.first_last_layers_bf16 = False  # of the stack around; megatron-core refuses the two together
     return changed
+
+
+def delayed_recipe(config: TransformerConfig) -> Any:
+    """Transformer Engine's recipe object of "fp8_delayed", as megatron-core makes it."""
+    return get_fp8_recipe(with_recipe(config, "fp8_delayed"))
 
 
 def input_row_multiple(config: TransformerConfig) -> int:

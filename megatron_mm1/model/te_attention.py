@@ -64,10 +64,10 @@ class ContextParallelAttention(te.TEDotProductAttention):
             UserError: as KernelAttention.
         """
         return attend_from_chunks(
-            self._attend, query, key, value, chunks=packed_seq_params.chunks, group=self.context_group
+            self._attend_from_chunk, query, key, value, chunks=packed_seq_params.chunks, group=self.context_group
         )
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: ChunkBoundaries) -> Tensor:
+    def _attend_from_chunk(self, query: Tensor, key: Tensor, value: Tensor, chunk: ChunkBoundaries) -> Tensor:
         # megatron-core's forward would take the boundaries from a PackedSeqParams, and the mask from the layer.
         return with_a_kernel(
             lambda: super(te.TEDotProductAttention, self).forward(

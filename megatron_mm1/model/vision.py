@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from megatron.core.activations import quick_gelu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -29,7 +28,7 @@ from megatron_mm1.extension import resolve
 from megatron_mm1.model.attention import LocalAttention
 from megatron_mm1.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megatron_mm1.model.norms import LocalNorm
-from megatron_mm1.model.packed_attention import PackedAttention
+from megatron_mm1.model.packed_attention import EqualExamples, PackedAttention
 from megatron_mm1.model.positions import interpolate_positions
 from megatron_mm1.model.precision import fp8_settings, input_row_multiple
 from megatron_mm1.parallel.device import device
@@ -308,15 +307,21 @@ class VisionTower(MegatronModule):
         return output.squeeze(1)[: len(rows)].view(hidden_states.shape)
 
 
-def _boundaries(images: int, tokens: int, length: int, *, device: torch.device) -> PackedSeqParams:
+def _boundaries(images: int, tokens: int, length: int, *, device: torch.device) -> EqualExamples:
     """Where each image's tokens begin in a packed sequence, and what is left of its `length` positions."""
     starts = torch.arange(images + 1, dtype=torch.int32, device=device) * tokens
     padding = length - images * tokens
     if padding:
         starts = torch.nn.functional.pad(starts, (0, 1), value=length)
     longest = max(tokens, padding)
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
+    return EqualExamples(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        examples=images,
+        length=tokens,
     )
 
 

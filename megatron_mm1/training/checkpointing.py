@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from megatron_mm1.checkpoint.safe_pickle import check_checkpoint, object_names
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.errors import UserError
+from megatron_mm1.model.mm1 import MM1Model
 from megatron_mm1.parallel.device import device
 from megatron_mm1.training import format_1
 from megatron_mm1.training.build import Model, unwrap
+from megatron_mm1.training.fp8_scales import restore_scales, with_places, with_scales
 from megatron_mm1.training.optimizer_state import (
     fill_state,
     set_steps_taken,
@@ -49,7 +51,7 @@ def training_state(
     """Everything of this rank that a checkpoint keeps, as parts of whole tensors that share the live ones' memory."""
     fill_state(optimizer)
     return {
-        "model": _model_state(model, pg_collection),
+        "model": _model_state(model, pg_collection, extra_state=with_scales),
         "optimizer": _by_name(sharded_optimizer_state(model, optimizer, pg_collection=pg_collection)),
         "optimizer_steps": steps_taken(optimizer),
         "scheduler": scheduler.state_dict(),
@@ -90,11 +92,15 @@ def load_checkpoint(
     scheduler: OptimizerParamScheduler,
     *,
     pg_collection: ProcessGroupCollection,
-) -> None:
+) -> tuple[str, ...]:
     """Load weights, optimizer state and schedule into this layout, to go on from where the checkpoint was saved.
 
     Random number generators go on too where the layout is the one that wrote the checkpoint; in another one the numbers
     of the ranks mean something else, and they keep their seeds.
+
+    Returns:
+        The components that multiply by "fp8_delayed" and whose scales the checkpoint lacks on some rank: their
+        histories start empty.
 
     Raises:
         UserError: a file is damaged, or tensors are missing or of another shape.
@@ -120,7 +126,7 @@ def load_checkpoint(
     targets = {name: part.data for name, part in state["optimizer"].items()} if not by_buffers else {}
 
     loaded = _read(checkpoint, state)
-    _load_model_state(model, loaded)
+    without_scales = _load_model_state(model, loaded)
     if by_buffers:
         steps = format_1.load_distributed_optimizer_state(optimizer, loaded["optimizer"])
     else:
@@ -134,6 +140,9 @@ def load_checkpoint(
     scheduler.load_state_dict(loaded["scheduler"])
     if "rng_state" in state:
         restore_random_state(loaded["rng_state"])
+    everywhere: list[frozenset[str]] = [frozenset()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, without_scales)
+    return tuple(sorted(frozenset().union(*everywhere)))
 
 
 def _by_name(parts: list[ShardedTensor]) -> dict[str, ShardedTensor]:
@@ -143,7 +152,7 @@ def _by_name(parts: list[ShardedTensor]) -> dict[str, ShardedTensor]:
 def _read(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     _verify_together(checkpoint)
     objects = _checked_objects(checkpoint)
-    for stage in sharded_state["model"].values():  # left out by conversions and by layers that have none
+    for stage in sharded_state["model"].values():  # scales of delayed FP8 that the checkpoint lacks
         for name in [name for name, entry in stage.items() if isinstance(entry, ShardedObject)]:
             if stage[name].unique_key not in objects:
                 del stage[name]
@@ -193,24 +202,27 @@ def _model_state(
     pg_collection: ProcessGroupCollection,
     *,
     components: Sequence[str] = tuple(COMPONENTS),
+    extra_state: Callable[[MM1Model, Mapping[str, Any]], dict[str, Any]] = with_places,
 ) -> dict[str, Any]:
     """Sharded tensors by stage of this rank; on disk each has a name of its own, whatever the stages."""
     metadata = {**NAMING, "dp_cp_group": pg_collection.dp_cp}
     prefixes = tuple(COMPONENTS[name] for name in components)
-    return {
-        f"stage {number}": {
-            name: entry
-            for name, entry in unwrap(chunk).sharded_state_dict(metadata=metadata).items()
-            if name.startswith(prefixes)
-        }
-        for number, chunk in enumerate(model)
-    }
-
-
-def _load_model_state(model: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    # strict=False: Transformer Engine's modules have extra state that local ones lack; reading refuses missing weights.
+    state = {}
     for number, chunk in enumerate(model):
-        unwrap(chunk).load_state_dict(loaded["model"][f"stage {number}"], strict=False)
+        described = extra_state(unwrap(chunk), unwrap(chunk).sharded_state_dict(metadata=metadata))
+        state[f"stage {number}"] = {name: entry for name, entry in described.items() if name.startswith(prefixes)}
+    return state
+
+
+def _load_model_state(model: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> frozenset[str]:
+    """The components of this rank's stages whose scales of delayed FP8 start anew."""
+    without_scales: frozenset[str] = frozenset()
+    for number, chunk in enumerate(model):
+        state = loaded["model"][f"stage {number}"]
+        without_scales |= restore_scales(unwrap(chunk), state)
+        # strict=False: layers have extra state, which is not in it; reading refuses missing weights.
+        unwrap(chunk).load_state_dict(state, strict=False)
+    return without_scales
 
 
 def _first_line(error: BaseException) -> str:

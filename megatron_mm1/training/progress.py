@@ -29,6 +29,7 @@ class Progress:
         consumed: sequences of the training plan used, on all ranks together.
         missing: components that what was loaded has not, and so were drawn anew.
         has_other_data: what was loaded was trained on another plan.
+        without_scales: components whose FP8 scales it has not, as `load_checkpoint` returns them.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Progress:
         self.iteration = self.consumed = 0
         self.missing: tuple[str, ...] = ()
         self.has_other_data = False
+        self.without_scales: tuple[str, ...] = ()
 
     @property
     def global_batch(self) -> int:
@@ -70,7 +72,7 @@ class Progress:
                 "--checkpoint.accept_other_data true, or start anew from its weights with --checkpoint.finetune true"
             )
         self.has_other_data = not same_data
-        load_checkpoint(
+        self.without_scales = load_checkpoint(
             start.checkpoint, self.config, self.model, self.optimizer, self.scheduler, pg_collection=self.groups
         )
         self.iteration, self.consumed = start.metadata.iteration, start.metadata.consumed_sequences

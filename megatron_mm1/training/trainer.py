@@ -145,6 +145,9 @@ class Run:
             self.logger.say(f" starting from {start.checkpoint}")
             if self.progress.missing:
                 self.logger.say(f" not in it, and so drawn anew: {', '.join(self.progress.missing)}")
+            if self.progress.without_scales:
+                parts = ", ".join(self.progress.without_scales)
+                self.logger.say(f" without FP8 scales of: {parts}; their histories of largest values start empty")
             for change in start.changes:
                 self.logger.say(f" {change} from step {self.iteration + 1:,} on")
             if self.progress.has_other_data:

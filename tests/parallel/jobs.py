@@ -33,10 +33,12 @@ def with_parallel(config: MM1Config, **sizes: Any) -> MM1Config:
 class Run:
     """Model and optimizer in one layout, for the length of a job."""
 
+    backend = "local"
+
     def __init__(self, config: MM1Config) -> None:
         self.config = config
         self.groups = build_process_groups(config.parallel, seed=config.training.seed)
-        self.model = build_model(config, backend="local", pg_collection=self.groups)
+        self.model = build_model(config, backend=self.backend, pg_collection=self.groups)
         self.optimizer, self.scheduler = build_optimizer(config, self.model, pg_collection=self.groups)
 
     def load_weights(self, checkpoint: Path) -> None:
@@ -94,8 +96,10 @@ class Run:
     def state(self) -> dict[str, Any]:
         return training_state(self.model, self.optimizer, self.scheduler, pg_collection=self.groups)
 
-    def load(self, checkpoint: Path) -> None:
-        load_checkpoint(checkpoint, self.config, self.model, self.optimizer, self.scheduler, pg_collection=self.groups)
+    def load(self, checkpoint: Path) -> tuple[str, ...]:
+        return load_checkpoint(
+            checkpoint, self.config, self.model, self.optimizer, self.scheduler, pg_collection=self.groups
+        )
 
     def close(self) -> None:
         destroy_process_groups()

@@ -367,7 +367,8 @@ def test_a_card_has_every_figure_and_nothing_that_was_not_measured(slices: Any, 
         (variants["bf16"], {"slice": "mm1-30b", "variant": "bf16", **record(140.0, 0.48)}),
         (variants["torch"], {"status": "not run", "error": "--minutes 8.0 were over"}),
     ]
-    content = results.card(piece, records, machine={"device": {"name": "a card"}}, options={"steps": 10})
+    machine = {"device": {"name": "a card"}, "versions": {"torch": type("Version", (str,), {})("2.11.0")}}
+    content = results.card(piece, records, machine=machine, options={"steps": 10})
     (file,) = results.write_cards(tmp_path, [content])
     read = yaml.safe_load(file.read_text())
     assert file.name == f"mm1-30b-{read['date']}.yaml"
@@ -377,6 +378,7 @@ def test_a_card_has_every_figure_and_nothing_that_was_not_measured(slices: Any, 
     assert read["goals"]["fp8_speedup_mm1-30b"] == {"value": None, "bound": 1.35, "holds": False}
     assert read["settings"]["example_lengths"] == list(slices.example_lengths(piece.config))
     assert {"command", "commit", "device", "date"} <= set(read)
+    assert read["versions"] == {"torch": "2.11.0"}  # whose type YAML does not know
 
 
 def test_a_table_shows_dashes_for_what_was_not_measured(slices: Any) -> None:

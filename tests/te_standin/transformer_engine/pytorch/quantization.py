@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from transformer_engine._release import bind, functions, released
@@ -41,6 +43,22 @@ def innermost() -> Autocast:
 def initialised_in() -> Recipe | None:
     """The recipe in which parameters are made now; None: in high precision."""
     return _state.initialisations[-1]
+
+
+class DelayedScalingRecipeState:
+    """A layer's scales and the largest values that they follow from; in the release, float32 on the GPU."""
+
+    def __init__(self, recipe: DelayedScaling, *, num_quantizers: int) -> None:
+        self.recipe = recipe
+        self.scale = torch.ones(num_quantizers)
+        self.amax_history = torch.zeros(recipe.amax_history_len, num_quantizers)
+
+    def note(self, largest: Tensor) -> None:
+        """Move the history on, and scale by the largest value in it."""
+        self.amax_history.copy_(torch.roll(self.amax_history, -1, 0))
+        self.amax_history[0] = largest
+        top = self.amax_history.amax(0)
+        self.scale.copy_(torch.where(top > 0, 448 / top, 1.0))
 
 
 class FP8GlobalStateManager:

@@ -1,7 +1,8 @@
 """What all layers share: what they record, their parameters, the shapes that FP8 refuses."""
 
 import math
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from transformer_engine._release import functions
-from transformer_engine.common.recipe import Recipe
-from transformer_engine.pytorch.quantization import initialised_in, innermost
+from transformer_engine.common.recipe import DelayedScaling, Recipe
+from transformer_engine.pytorch.quantization import DelayedScalingRecipeState, initialised_in, innermost
 
 (assert_dim_for_fp8_exec,) = functions("pytorch/utils.py", "assert_dim_for_fp8_exec", math=math)
 
@@ -42,14 +43,15 @@ class TransformerEngineBaseModule(torch.nn.Module):
         self.te_arguments = {name: value for name, value in vars(arguments).items() if name != "self"}
         self.te_initialised_in = initialised_in()
         self.te_calls: list[Call] = []
-        self.fp8_meta: dict[str, Any] = {"recipe": None}
+        self.fp8 = self.fp8_calibration = False
+        self.fp8_meta: dict[str, Any] = {"recipe": None, "fp8_checkpoint": False}
 
     def record(self, inp: Tensor) -> Recipe | None:
         """Note a forward pass; returns the recipe in force."""
         self._check_types(inp)
         region = innermost()
         self.te_calls.append(Call(region.recipe, region.amax_group, tuple(inp.shape)))
-        self.fp8_meta["recipe"] = region.recipe
+        self.init_fp8_metadata(num_gemms=getattr(self, "num_gemms", 1))
         return region.recipe
 
     def _check_types(self, inp: Tensor) -> None:
@@ -92,13 +94,44 @@ class TransformerEngineBaseModule(torch.nn.Module):
         return parameter
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        """There are no scales to make: products are not quantised."""
+        """Scales of delayed scaling where they are in force. Products are not quantised, so nothing is scaled."""
+        self.fp8_meta["recipe"] = recipe = innermost().recipe
+        if recipe is not None:
+            self.fp8_meta["num_gemms"] = num_gemms
+            self.init_fp8_meta_tensors(recipe)
+
+    def init_fp8_meta_tensors(self, recipe: Recipe) -> None:
+        """Empty histories; those that there are stay."""
+        for key, tensors in (("scaling_fwd", 3), ("scaling_bwd", 2)):
+            if isinstance(recipe, DelayedScaling) and key not in self.fp8_meta:
+                self.fp8_meta[key] = DelayedScalingRecipeState(
+                    recipe, num_quantizers=tensors * self.fp8_meta["num_gemms"]
+                )
+
+    def note_largest(self, inp: Tensor, weights: Sequence[Tensor]) -> None:
+        """Take a pass into the history: of its input and of each weight, agreed on by the ranks of the region."""
+        if isinstance(innermost().recipe, DelayedScaling):
+            state, count = self.fp8_meta["scaling_fwd"], len(weights)
+            largest = torch.zeros_like(state.scale)
+            largest[:count] = inp.detach().abs().max() if inp.numel() else 0
+            largest[count : 2 * count] = torch.stack([weight.detach().abs().max() for weight in weights])
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=innermost().amax_group)
+            state.note(largest)
 
     def get_extra_state(self) -> Tensor:
-        """Of a recipe without state, and of bf16: nothing."""
-        return torch.empty(0, dtype=torch.uint8)
+        """A pickle, of a recipe with state; of others, and of bf16, nothing."""
+        states = {key: value for key, value in self.fp8_meta.items() if isinstance(value, DelayedScalingRecipeState)}
+        if not states or self.fp8_meta["recipe"] is None:
+            return torch.empty(0, dtype=torch.uint8)
+        pickled = {"recipe": self.fp8_meta["recipe"], "extra_fp8_variables": {}}
+        for key, state in states.items():
+            direction = key.removeprefix("scaling_")
+            pickled |= {f"scale_{direction}": state.scale, f"amax_history_{direction}": state.amax_history}
+        return torch.frombuffer(bytearray(pickle.dumps(pickled)), dtype=torch.uint8)
 
-    def set_extra_state(self, state: Tensor) -> None: ...
+    def set_extra_state(self, state: Tensor | None) -> None:
+        if state is not None and state.numel() > 0:
+            raise RuntimeError(f"Refusing to load pickled Transformer Engine extra state for {type(self).__name__}.")
 
 
 def _normal(weight: Tensor) -> None:

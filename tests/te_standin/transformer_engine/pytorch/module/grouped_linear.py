@@ -51,6 +51,7 @@ class GroupedLinear(TransformerEngineBaseModule):
             raise ValueError("DelayedScaling recipe is not supported with save_original_input")
         weights = [self.get_parameter(f"weight{gemm}") for gemm in range(self.num_gemms)]
         biases = [self.get_parameter(f"bias{gemm}") for gemm in range(self.num_gemms)] if self.use_bias else []
+        self.note_largest(inp, weights)
         outputs = []
         for part, weight in zip(inp.view(-1, self.in_features).split(splits), weights, strict=True):
             check_product(recipe, len(part), weight)

@@ -118,6 +118,7 @@ class ParallelProduct(TransformerEngineBaseModule):
 
     def multiply(self, x: Tensor) -> Any:
         """What `forward` returns, of the (normalised) input."""
+        self.note_largest(x, [self.weight])
         group = self.tp_group if self.tp_size > 1 else None
         if group is not None and self.parallel_mode == "column":
             x = (
