@@ -98,6 +98,10 @@ def score(config: MM1Config, requests: list[ScoringRequest]) -> tuple[list[Score
     local = build_module(dataclasses.replace(config, fp8=Fp8Config()), backend="local", pg_collection=groups)
     te = build_module(config, backend="transformer_engine", pg_collection=groups)
     copy_weights(local, te)
+    # Alike on tensor-parallel ranks: how positions are split over them differs between the backends.
+    for parameter in [*local.parameters(), *te.parameters()]:
+        if parameter.dim() == 1:
+            torch.distributed.broadcast(parameter.data, group=groups.tp, group_src=0)
     tokenizer = open_tokenizer(config.data.tokenizer)
     scores, texts = [], []
     for model in (te, local):

@@ -115,17 +115,11 @@ def check_askable(config: MM1Config) -> None:
             f"this model was trained with data.image_tiling {config.data.image_tiling}: inference takes whole images "
             "only and cannot run it"
         )
-    recipes = fp8_recipes(config.fp8)
-    scaled_by_history = [part for part, recipe in recipes.items() if recipe == "fp8_delayed"]
+    scaled_by_history = [part for part, recipe in fp8_recipes(config.fp8).items() if recipe == "fp8_delayed"]
     if scaled_by_history:
         raise UserError(
             f"the {' and the '.join(scaled_by_history)}: multiplied by fp8_delayed, whose scales remember what goes "
             "through them, so that asking the model would change its training: ask a checkpoint, or use another recipe"
-        )
-    if config.model.moe is not None and recipes["experts"] != "bf16":
-        raise UserError(
-            f"experts in {recipes['experts']} cannot be asked while they are trained: ask a checkpoint, which runs in "
-            "bf16, or set fp8.experts_recipe bf16"
         )
 
 

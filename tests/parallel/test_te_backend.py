@@ -76,7 +76,7 @@ def test_rows_added_for_fp8_change_nothing(te_pool, layout, recipe: Fp8Recipe, k
     ("name", "fp8"),
     [
         ("mm1-tiny-moe", Fp8Config()),
-        ("mm1-tiny", Fp8Config(decoder_recipe="fp8_blockwise", tower_recipe="fp8_blockwise")),
+        ("mm1-tiny-moe", Fp8Config(decoder_recipe="fp8_blockwise", tower_recipe="fp8_blockwise")),
     ],
 )
 def test_the_engine_answers_as_with_the_local_backend(te_pool, tmp_path, name, fp8):
