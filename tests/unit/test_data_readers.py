@@ -2,14 +2,13 @@
 
 import json
 import os
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from megatron_mm1.data.readers import READERS, Reader, open_reader, question_answer, question_prompt
+from megatron_mm1.data.readers import Reader, open_reader, question_answer, question_prompt
 from megatron_mm1.data.readers.options import parse_options
 from megatron_mm1.data.records import Control, Document, Image, Reason, Rejected, Text
 from megatron_mm1.errors import UserError
@@ -167,17 +166,6 @@ def test_a_reader_of_something_else_is_a_users_error(tmp_path: Path) -> None:
 def test_unknown_reader_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'captions'"):
         open_reader("caption", tmp_path)
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_readers_can_be_sent_to_other_processes(name: str, tmp_path: Path) -> None:
-    """What a process gets is the reader and its shards."""
-    if name == "energon":
-        pytest.skip("needs a prepared folder; see test_reader_energon")
-    for file in ("captions", "questions", "documents"):
-        write_jsonl(tmp_path / f"{file}.jsonl", [{}])
-    reader = pickle.loads(pickle.dumps(open_reader(name, tmp_path)))
-    assert isinstance(reader, READERS[name])
 
 
 @pytest.mark.parametrize(
