@@ -16,6 +16,8 @@ from megatron_mm1.parity.report import Bounds, write_report
 from tests.parallel import broken
 
 MAX_WORLD_SIZE = 8
+FAST_WORLD_SIZE = 4
+"""Layouts of more processes are slow: eight of them take turns on two cores."""
 SMALL = [
     *("--model.decoder.hidden_size", "64", "--model.decoder.ffn_hidden_size", "160", "--vocab_size", "512"),
     *("--model.vision.hidden_size", "64", "--model.vision.ffn_hidden_size", "128", "--model.vision.num_layers", "2"),
@@ -45,7 +47,17 @@ def pytest_generate_tests(metafunc):
         choice = "all" if "full" in metafunc.function.__name__ else "pairs"
         chosen = layouts(choice) if choice == "pairs" or metafunc.config.getoption("-m") == "parity_full" else []
         metafunc.parametrize(
-            ("name", "layout"), chosen, ids=[f"{name}: {layout.name}" for name, layout in chosen], scope="module"
+            ("name", "layout"),
+            [
+                pytest.param(
+                    name,
+                    layout,
+                    id=f"{name}: {layout.name}",
+                    marks=[pytest.mark.slow] if layout.world_size > FAST_WORLD_SIZE else [],
+                )
+                for name, layout in chosen
+            ],
+            scope="module",
         )
 
 
@@ -97,6 +109,12 @@ def test_the_layouts_cover_every_legal_pair_of_sizes(name):
     chosen = covering_layouts(legal)
     assert set().union(*map(pairs, chosen)) == set().union(*map(pairs, legal))
     assert len(chosen) < len(legal) / 4
+    fast = [layout for layout in chosen if layout.world_size <= FAST_WORLD_SIZE]
+    for dimension in legal[0].values():
+        assert (
+            len({layout.values()[dimension] for layout in fast}) >= 2
+            or len({x.values()[dimension] for x in legal}) == 1
+        )
     assert sum(layout.world_size == MAX_WORLD_SIZE for layout in chosen) >= 8
     assert all(layout.num_microbatches // layout.data_parallel_size >= 2 for layout in chosen)
     values = {dimension: {layout.values()[dimension] for layout in legal} for dimension in legal[0].values()}
