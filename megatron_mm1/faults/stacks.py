@@ -9,8 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-COMMUNICATION = ("/torch/distributed/", "/megatron/core/pipeline_parallel/p2p_communication.py")
-"""Files whose functions wait for other ranks."""
+COMMUNICATION = (
+    "/torch/distributed/",
+    "/megatron/core/pipeline_parallel/p2p_communication.py",
+    "/megatron_mm1/faults/communication.py",
+)
+"""Files whose functions wait for other ranks; ours wraps the calls of a process group while they are timed."""
 SIGNAL = signal.SIGUSR2
 """Makes a rank write its stacks down and go on."""
 
