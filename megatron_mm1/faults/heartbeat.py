@@ -39,6 +39,8 @@ _PRINT_GRACE = 2.0
 """Seconds that the other ranks leave it to rank 1 to print that rank 0 is gone."""
 _FAREWELL_SECONDS = 2.0
 """How long rank 0 waits at the end for the others to hang up."""
+_WRITING_SECONDS = 0.5
+"""How long a rank that has written its stacks stays, so that the others are still where it left them when they do."""
 _SEND_SECONDS = 2.0
 _LONGEST_LINE = 1 << 16
 
@@ -192,6 +194,8 @@ class Follower(Watcher):
         if "verdict" in message:
             verdict = Verdict(**message["verdict"])
             self.obey(verdict)
+            if verdict.with_stacks:
+                time.sleep(_WRITING_SECONDS)
             os._exit(verdict.exit_code)  # rank 0 has printed it
         if "left" in message:
             if message["left"] is not None:
@@ -308,8 +312,8 @@ class Leader(Watcher):
     def _end(self, verdict: Verdict, *, exit_code: int | None = None) -> NoReturn:
         stacks = f"; the stacks of every rank are in {self.stacks}" if verdict.with_stacks and self.stacks else ""
         say(verdict.text + stacks)
+        self.obey(verdict)  # before the others end, which breaks the collective that this rank shall be seen in
         self._farewell({"verdict": asdict(verdict)})
-        self.obey(verdict)
         os._exit(verdict.exit_code if exit_code is None else exit_code)
 
     def _farewell(self, message: dict[str, Any]) -> None:
