@@ -40,7 +40,11 @@ LAYOUTS = {
 pytestmark = pytest.mark.demo
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    # bf16 takes a CPU a minute; journeys of small bf16 models through other layouts are in test_saving.
+    [pytest.param(layout, marks=[pytest.mark.slow] if "bf16" in layout else []) for layout in LAYOUTS],
+)
 def test_resuming_is_bit_exact(pool, demo_corpus, tmp_path, layout):
     world_size, name, sizes = LAYOUTS[layout]
     config = config_of(name, **sizes)
