@@ -99,7 +99,9 @@ def test_an_old_checkpoint_that_is_bound_to_its_layout_says_so(pool):
 def test_training_goes_on_while_a_checkpoint_is_written(pool, groups, tmp_path, options):
     """And the checkpoint holds what was there when it was begun."""
     saved = pool(2 if options else 1).run(jobs.save_while_training, jobs.config_of("dense", options), tmp_path, delay=2)
-    assert min(rank["steps_meanwhile"] for rank in saved) >= 3
+    assert (
+        min(rank["steps_meanwhile"] for rank in saved) >= 1
+    )  # none where a save waits; how many depends on the machine
     first, second = jobs.whole(saved[0]["reference"]), jobs.whole(saved[0]["path"])
     assert first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
