@@ -5,9 +5,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
 
+from megatron_mm1.config.choice import chosen
 from megatron_mm1.config.laws import law_parameters, peak_learning_rate, swiglu_ffn_size
 from megatron_mm1.config.schema import (
     CheckpointConfig,
@@ -24,7 +24,6 @@ from megatron_mm1.config.schema import (
     TrainingConfig,
     VisionConfig,
 )
-from megatron_mm1.errors import ConfigError
 
 CONNECTOR_LR = 8e-5  # [M] at every size
 
@@ -161,8 +160,4 @@ def preset(name: str) -> MM1Config:
     Raises:
         ConfigError: there is none of that name.
     """
-    if name not in _BUILDERS:
-        nearest = get_close_matches(name, PRESETS, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ConfigError([f"unknown preset {name!r}: use one of {', '.join(PRESETS)}{hint}"])
-    return _BUILDERS[name](name)
+    return chosen("preset", name, _BUILDERS)(name)

@@ -5,11 +5,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from difflib import get_close_matches
 
+from megatron_mm1.config.choice import chosen
 from megatron_mm1.config.presets import paper_sources
 from megatron_mm1.config.schema import MM1Config, OptimizerConfig, SourceConfig
-from megatron_mm1.errors import ConfigError
 
 MM1_5_MIXTURE = {"captions": 0.5, "interleaved": 0.1, "text": 0.4}
 """[P]"""
@@ -70,8 +69,4 @@ def apply_recipe(name: str, config: MM1Config) -> MM1Config:
     Raises:
         ConfigError: there is none of that name.
     """
-    if name not in _BUILDERS:
-        nearest = get_close_matches(name, RECIPES, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ConfigError([f"unknown recipe {name!r}: use one of {', '.join(RECIPES)}{hint}"])
-    return _BUILDERS[name](config)
+    return chosen("recipe", name, _BUILDERS)(config)

@@ -1,6 +1,5 @@
 """Tasks on a model in every layout: the same outcomes, resumed to the byte, and training that does not notice."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from megatron_mm1.data.tokenizer import train_tokenizer
 from megatron_mm1.evaluation.task import Refusal
 from tests.new_words import WORDS, NewWords
 from tests.parallel import evaluation_jobs, jobs
-from tests.parallel.generation_jobs import with_data
+from tests.parallel.generation_jobs import lively, with_data
 
 LAYOUTS = {
     "TP2 + SP": ("mm1-tiny", dict(tensor_model_parallel_size=2, sequence_parallel=True)),
@@ -52,9 +51,7 @@ def model(pool, tokenizer, tmp_path_factory):
     def get(name: str):
         if name not in known:
             config = with_data(preset(name), tokenizer=str(tokenizer), seq_length=192, max_images_per_sequence=16)
-            decoder = dataclasses.replace(config.model.decoder, vocab_size=320, init_method_std=0.15)
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
-            config = jobs.with_parallel(config)
+            config = jobs.with_parallel(lively(config))
             [checkpoint] = pool(1).run(jobs.save_initial, config, tmp_path_factory.mktemp(name))
             known[name] = config, checkpoint
         return known[name]

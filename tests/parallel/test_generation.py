@@ -1,6 +1,5 @@
 """Generation and scoring equal one prompt at a time, one token at a time, in every batch and every parallel layout."""
 
-import dataclasses
 import io
 import json
 import os
@@ -19,7 +18,7 @@ from megatron_mm1.data.tokenizer import open_tokenizer, train_tokenizer
 from megatron_mm1.inference.requests import Failure, Sampling
 from tests.parallel import generation_jobs as generation
 from tests.parallel import jobs
-from tests.parallel.generation_jobs import with_data
+from tests.parallel.generation_jobs import lively, with_data
 
 NEW_TOKENS = 6
 LAYOUTS = {
@@ -88,10 +87,7 @@ def model(pool, tokenizer, tmp_path_factory):
     def get(name: str):
         if name not in known:
             config = with_data(preset(name), tokenizer=str(tokenizer), seq_length=64, max_images_per_sequence=4)
-            # Large weights: a model this small otherwise repeats one token whatever it sees. More rows than pieces.
-            decoder = dataclasses.replace(config.model.decoder, vocab_size=320, init_method_std=0.15)
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
-            config = jobs.with_parallel(config)
+            config = jobs.with_parallel(lively(config))
             [checkpoint] = pool(1).run(jobs.save_initial, config, tmp_path_factory.mktemp(name))
             arguments = (config, checkpoint, PROMPTS, CONTINUATIONS)
             [expected] = pool(1).run(generation.run_slowly, *arguments, max_new_tokens=NEW_TOKENS)

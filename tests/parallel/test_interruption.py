@@ -10,21 +10,14 @@ import torch
 from megatron_mm1.checkpoint.format import find_checkpoint, verify_files
 from tests.parallel import saving_jobs
 from tests.parallel.interrupted import train
-from tests.parallel.test_layouts import config_of
+from tests.parallel.tiny import tiny_config
 
 pytestmark = pytest.mark.demo
 
 
 def config(run_dir, *, save_interval=0, train_iters=6):
-    base = config_of("mm1-tiny")
-    return dataclasses.replace(
-        base,
-        run_dir=str(run_dir),
-        training=dataclasses.replace(base.training, train_iters=train_iters, eval_interval=0),
-        optimizer=dataclasses.replace(base.optimizer, lr_decay_iters=10),
-        checkpoint=dataclasses.replace(base.checkpoint, save_interval=save_interval),
-        logging=dataclasses.replace(base.logging, log_interval=1, tensorboard=False),
-    )
+    base = tiny_config(run_dir, steps=train_iters, tensor_model_parallel_size=2)
+    return dataclasses.replace(base, checkpoint=dataclasses.replace(base.checkpoint, save_interval=save_interval))
 
 
 def losses(run_dir):
