@@ -23,10 +23,21 @@ def _torch() -> dict[str, Any]:
         "version": torch.__version__,
         "cuda": torch.version.cuda,
         "devices": torch.cuda.device_count() if cuda else 0,
-        "cudnn": torch.backends.cudnn.version() if torch.version.cuda else None,
+        **_cudnn(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,
         "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
     }
+
+
+def _cudnn() -> dict[str, Any]:
+    import torch
+
+    if torch.version.cuda is None:
+        return {"cudnn": None}
+    try:
+        return {"cudnn": torch.backends.cudnn.version()}
+    except RuntimeError as error:  # another one than torch was built with is found first: torch itself still works
+        return {"cudnn": None, "cudnn_problem": str(error).split(". ")[0]}
 
 
 def _apex() -> dict[str, Any]:

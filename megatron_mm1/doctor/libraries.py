@@ -39,10 +39,18 @@ def _torch(answer: Answer) -> list[Finding]:
     found = f"{torch['version']}, built for {built}; CUDA devices: {torch['devices']}"
     return [
         Finding(name="PyTorch", state=State.OK, found=found, facts=torch),
-        _part("cuDNN", torch["cudnn"], "attention and convolutions on a GPU"),
+        _cudnn(torch),
         _part("NCCL", torch["nccl"], "several GPUs"),
         _part("gloo", torch["gloo"] and "in torch", "several processes on a CPU"),
     ]
+
+
+def _cudnn(torch: Mapping[str, Any]) -> Finding:
+    costs = "attention and convolutions on a GPU"
+    if "cudnn_problem" not in torch:
+        return _part("cuDNN", torch["cudnn"], costs)
+    fix = "one cuDNN for torch and Transformer Engine, see docs/install.md"
+    return Finding(name="cuDNN", state=State.FAILED, found=torch["cudnn_problem"], costs=f"no {costs}", fix=fix)
 
 
 def _part(name: str, version: str | int | None, costs: str) -> Finding:

@@ -204,6 +204,18 @@ def test_parts_that_a_build_of_torch_lacks(python_path: Path, settings: Settings
     assert found["megatron-core"].state is State.FAILED  # it needs more of torch than that
 
 
+def test_another_cudnn_than_torchs_is_no_fault_of_torch(python_path: Path, settings: Settings) -> None:
+    (python_path / "torch.py").write_text(
+        STUB_TORCH
+        + "version.cuda = '13.0'\n"
+        + "def found():\n    raise RuntimeError('built for 9.19 but found 9.14. PyTorch has its own.')\n"
+        + "backends = types.SimpleNamespace(cudnn=types.SimpleNamespace(version=found))\n"
+    )
+    found = {finding.name: finding for finding in libraries.probe_torch(settings)}
+    assert (found["PyTorch"].state, found["cuDNN"].state) == ("ok", "failed")
+    assert found["cuDNN"].found == "built for 9.19 but found 9.14"
+
+
 def test_a_full_disk_fails_and_nothing_is_written(small_disk: Path) -> None:
     settings = Settings(run_dir=small_disk / "runs" / "mine", corpus=small_disk, timeout_seconds=60)
     finding = only(machine.probe_disk(settings))
