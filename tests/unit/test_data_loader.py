@@ -22,8 +22,9 @@ from megatron_mm1.config import MM1Config
 from megatron_mm1.data import loader
 from megatron_mm1.data.balance import Dealer
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
+from megatron_mm1.data.inspect.mixture import cost
 from megatron_mm1.data.loader import train_batches, validation_batches
-from megatron_mm1.data.plan import Sources, TrainingData, packed_alone, training_data
+from megatron_mm1.data.plan import Sources, TrainingData, packed_alone, packing_limits, training_data
 from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.data.workers import WorkerPool, from_thread, from_workers
@@ -233,18 +234,22 @@ def test_images_for_the_gpu_travel_encoded(folder: Path, monkeypatch: pytest.Mon
         assert torch.equal(theirs.slots, ours.slots)
 
 
-@pytest.mark.parametrize("kind", ["overview_and_crops", "dynamic"])
-def test_tiled_images_take_the_places_that_were_planned(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "indicators"), [("overview_and_crops", False), ("dynamic", False), ("dynamic", True)])
+def test_tiled_images_take_the_places_that_were_planned(folder: Path, kind: str, indicators: bool) -> None:
     """Also of documents that were cut: how many images the whole one has decides whether they are tiled."""
-    config = small_config(folder, image_tiling=kind, max_image_tiles=2, seq_length=96)
+    config = small_config(folder, image_tiling=kind, max_image_tiles=2, seq_length=96, tile_indicators=indicators)
     data = opened(config)
     tiling = Tiling.of(config)
+    limits = packing_limits(config, open_tokenizer(config.data.tokenizer))
     seen = set()
     for index, batch in enumerate(stream(config, 40)):
         for row in range(2):
             (own,) = [group.slots[:, 0] // 96 == row for group in batch.images] or [torch.zeros(0)]
             assert int(own.sum()) == data.plan.num_images(2 * index + row) <= config.data.max_images_per_sequence
-            for piece in data.plan.sequence(2 * index + row):
+            pieces = data.plan.sequence(2 * index + row)
+            planned = sum(cost(data.sources, limits, piece, text_only=False)[0] for piece in pieces)
+            assert int((batch.segment_ids[row] > 0).sum()) == planned
+            for piece in pieces:
                 positions, sizes = data.sources[piece.source].images_of(np.array([piece.document]))
                 inside = (positions >= piece.start) & (positions < piece.stop)
                 seen.add(int(tiling.tiles_of(sizes, len(sizes))[inside].sum()))
