@@ -75,10 +75,13 @@ def all_same(first: list[PackedBatch], second: list[PackedBatch]) -> bool:
     return len(first) == len(second) and all(itertools.starmap(same, zip(first, second, strict=True)))
 
 
-@pytest.mark.parametrize("dp_size", [1, 2, 4])
-def test_global_batches_do_not_depend_on_the_data_parallel_size(folder: Path, dp_size: int) -> None:
+TILED = {"image_tiling": "dynamic", "max_image_tiles": 2, "tile_indicators": True, "seq_length": 96}
+
+
+@pytest.mark.parametrize(("dp_size", "data"), [(1, {}), (2, {}), (4, {}), (2, TILED), (4, TILED)])
+def test_global_batches_do_not_depend_on_the_data_parallel_size(folder: Path, dp_size: int, data: dict) -> None:
     """Four microbatches each, which the ranks share out among themselves."""
-    config = small_config(folder)
+    config = small_config(folder, **data)
     in_order, each = stream(config, 12), 4 // dp_size
     ranks = [stream(config, 3 * each, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
     for number in range(3):
@@ -274,10 +277,12 @@ def test_workers_give_what_the_thread_gives(folder: Path) -> None:
     assert all_same(stream(small_config(folder), 6), stream(small_config(folder, num_workers=2), 6))
 
 
-def test_rank_without_pixels_has_everything_else(folder: Path) -> None:
-    config = small_config(folder)
+@pytest.mark.parametrize("data", [{}, TILED])
+def test_rank_without_pixels_has_everything_else(folder: Path, data: dict) -> None:
+    config = small_config(folder, **data)
     for with_pixels, without in zip(stream(config, 4), stream(config, 4, with_pixels=False), strict=True):
         assert torch.equal(with_pixels.labels, without.labels)
+        assert torch.equal(with_pixels.tokens, without.tokens)
         assert [group.slots.tolist() for group in with_pixels.images] == [
             group.slots.tolist() for group in without.images
         ]
