@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from megatron_mm1.checkpoint.format import digest_of, find_checkpoint, read_metadata
+from megatron_mm1.config import MM1Config
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.answers import Responder
 from megatron_mm1.evaluation.asking import ONE_COPY, Copies, ask
@@ -109,6 +110,7 @@ def evaluate(
     conditions = plan(built, series, limit=limit)
     checkpoint = find_checkpoint(checkpoint)
     identity = _identity(checkpoint)
+    _check_resolution(series.settings, read_metadata(checkpoint).mm1_config())
     with open_engine(checkpoint, sizes=sizes, images_together=IMAGES_TOGETHER) as engine:
         parallel = asdict(engine.config.parallel)
         journal = Journal(output / _JOURNAL, model=_digest(identity, parallel))
@@ -139,6 +141,16 @@ def run(
     """
     outcomes = ask(responder, conditions, copies=copies, journal=journal, on_chunk=on_chunk)
     return [measure(condition, of_it) for condition, of_it in zip(conditions, outcomes, strict=True)]
+
+
+def _check_resolution(settings: FewShot, config: MM1Config) -> None:
+    """Raises UserError where some demonstrations are to be in high resolution and there is none."""
+    is_tiled = config.data.image_tiling != "none"
+    if settings.high_resolution_shots is not None and settings.high_resolution is None and not is_tiled:
+        raise UserError(
+            f"only {settings.high_resolution_shots} demonstrations in high resolution, but no high resolution: this "
+            "model cuts no images into tiles, so say how many px it is, or leave this out"
+        )
 
 
 def copies_of(engine: Engine) -> Copies:

@@ -14,7 +14,7 @@ from megatron_mm1.data.image_tokens import ImageTokens
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
-from megatron_mm1.inference.requests import ImageOfSize, Prompt
+from megatron_mm1.inference.requests import ImageOfSize, Prompt, WholeImage
 
 IMAGE = "<image>"
 """What stands for an image where a prompt is written as text."""
@@ -132,8 +132,10 @@ class PromptEncoder:
         for image in images:
             size = self._size(image)
             tiling = replace(self.image_tokens.tiling, side=size)
-            (grid,) = tiling.grids(np.array([_header(image)]), num_images=len(images)).tolist()
-            keys.append(ImageKey(hashlib.sha256(image.data).digest(), size, tuple(grid)))
+            grid = (1, 1)
+            if not isinstance(image, WholeImage):
+                [grid] = map(tuple, tiling.grids(np.array([_header(image)]), num_images=len(images)).tolist())
+            keys.append(ImageKey(hashlib.sha256(image.data).digest(), size, grid))
         return keys
 
     def _size(self, image: Image) -> int:

@@ -34,6 +34,7 @@ from megatron_mm1.inference.requests import (
     Sampling,
     Score,
     ScoringRequest,
+    WholeImage,
 )
 from megatron_mm1.training.build import build_module
 from tests.corpora import encoded, small_tokenizer
@@ -175,6 +176,18 @@ def test_tiled_images_are_seen_as_in_training(engine, config, model, tokenizer, 
             rows = logits[filled - len(target) - 1 : filled - 1]
             expected = rows[torch.arange(len(target)), target].tolist()
             assert score.token_log_likelihoods == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_whole_image_is_not_cut(engine, config):
+    config_of_tiles = tiled(config, **TILINGS[0])
+    wide = encoded(size=(90, 40), seed=5)
+    prompts = [(kind(wide), Text(" is a")) for kind in (WholeImage, Image)]
+    whole, cut = engine(config=config_of_tiles).score(
+        [ScoringRequest(prompt=prompt, continuation="red circle") for prompt in prompts]
+    )
+    [expected] = engine().score([ScoringRequest(prompt=prompts[1], continuation="red circle")])
+    assert whole.token_log_likelihoods == pytest.approx(expected.token_log_likelihoods, abs=1e-5)
+    assert cut.token_log_likelihoods != pytest.approx(expected.token_log_likelihoods, abs=1e-3)
 
 
 def test_a_cut_image_is_forgotten_with_all_its_tiles(engine, config):

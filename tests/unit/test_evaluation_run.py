@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from megatron_mm1.config.presets import preset
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation import asking
@@ -21,10 +22,10 @@ from megatron_mm1.evaluation.metrics.strings import exact_match
 from megatron_mm1.evaluation.plan import Series, plan
 from megatron_mm1.evaluation.report import write_report
 from megatron_mm1.evaluation.results import ALL, differences, figures
-from megatron_mm1.evaluation.runner import _folders, run
+from megatron_mm1.evaluation.runner import _check_resolution, _folders, run
 from megatron_mm1.evaluation.tables import refusals, verdicts
 from megatron_mm1.evaluation.template import Stopping
-from megatron_mm1.inference.requests import Failure, Generation, Score
+from megatron_mm1.inference.requests import Failure, Generation, Score, WholeImage
 from tests.new_words import NewWords
 
 
@@ -153,6 +154,26 @@ def test_only_the_last_demonstrations_are_shown_large(task):
     settings = FewShot(high_resolution=96, high_resolution_shots=1)
     results_of(task, series=Series((0, 3), settings=settings), responder=Looker(), limit=5)
     assert sizes == {(96,): 5, (None, None, 96, 96): 5}
+
+
+def test_only_the_last_demonstrations_are_cut_into_tiles(task):
+    seen = Counter()
+
+    class Looker(Copycat):
+        def generate(self, requests):
+            for one in requests:
+                seen.update([tuple(type(part) for part in one.prompt if isinstance(part, Image))])
+            return super().generate(requests)
+
+    settings = FewShot(high_resolution_shots=1)
+    results_of(task, series=Series((0, 3), settings=settings), responder=Looker(), limit=5)
+    assert seen == {(Image,): 5, (WholeImage, WholeImage, Image, Image): 5}
+    whole = preset("mm1-tiny")
+    tiled = replace(whole, data=replace(whole.data, image_tiling="overview_and_crops"))
+    _check_resolution(settings, tiled)
+    _check_resolution(replace(settings, high_resolution=96), whole)
+    with pytest.raises(UserError, match="cuts no images into tiles, so say how many px"):
+        _check_resolution(settings, whole)
 
 
 @pytest.mark.parametrize("change", ["model", "limit", "seed", "resolution", "stopping"])
