@@ -44,6 +44,12 @@ def add_evaluation_commands(commands: "argparse._SubParsersAction[argparse.Argum
         help="of the demonstrations only the last N in --high-resolution, or cut into tiles (all)",
     )
     evaluation.add_argument(
+        *both_spellings("max-image-tiles"),
+        type=positive_int,
+        metavar="N",
+        help="of a grid, instead of what a model of dynamic tiling was trained with",
+    )
+    evaluation.add_argument(
         *both_spellings("chain-of-thought"),
         action="store_true",
         help="demonstrations with their reasoning; the answer is taken out of the model's",

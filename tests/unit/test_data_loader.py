@@ -252,10 +252,14 @@ def test_tiled_images_take_the_places_that_were_planned(folder: Path, kind: str,
             pieces = data.plan.sequence(2 * index + row)
             planned = sum(cost(data.sources, limits, piece, text_only=False)[0] for piece in pieces)
             assert int((batch.segment_ids[row] > 0).sum()) == planned
+            numbers = []  # of the image in its document, for each tile
             for piece in pieces:
                 positions, sizes = data.sources[piece.source].images_of(np.array([piece.document]))
                 inside = (positions >= piece.start) & (positions < piece.stop)
-                seen.add(int(tiling.tiles_of(sizes, len(sizes))[inside].sum()))
+                tiles = tiling.tiles_of(sizes, len(sizes))[inside]
+                numbers += np.repeat(np.flatnonzero(inside), tiles).tolist()
+                seen.add(int(tiles.sum()))
+            assert [k for group in batch.images for k in group.tile_index[own, 0].tolist()] == numbers
     assert len(seen) >= 2
 
 
