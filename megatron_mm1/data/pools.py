@@ -82,15 +82,14 @@ class PackingLimits:
         text = source.num_tokens(documents) - num_images
         if self.image_costs is None:
             return text + num_images * self.tokens_per_image, num_images
-        last = np.cumsum(num_images)
-        tiles, taken = (
-            sums[last] - sums[last - num_images]
-            for sums in (
-                np.concatenate([[0], np.cumsum(of_image)])
-                for of_image in self.image_costs(source.images_of(documents)[1], num_images)
-            )
-        )
-        return text + taken, tiles
+        tiles, taken = self.image_costs(source.images_of(documents)[1], num_images)
+        return text + _totals(taken, num_images), _totals(tiles, num_images)
+
+
+def _totals(of_images: np.ndarray, num_images: np.ndarray) -> np.ndarray:
+    """[D] sums over the images of each document: the first `num_images` [D] of them, the next, and so on."""
+    sums, last = np.concatenate([[0], np.cumsum(of_images)]), np.cumsum(num_images)
+    return sums[last] - sums[last - num_images]
 
 
 class PieceOf(NamedTuple):

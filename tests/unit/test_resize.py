@@ -14,6 +14,7 @@ from megatron_mm1.config import ConnectorConfig, MM1Config
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.model.mm1 import MM1Model
+from megatron_mm1.training.resume import check_resumable
 from tests.canonical import load_canonical
 from tests.upcycling import DENSE, dense_model
 from tests.weights import in_pieces, metadata, read_all
@@ -30,6 +31,10 @@ CONNECTORS = {
 def with_connector(connector: ConnectorConfig, *, class_token: bool = True) -> MM1Config:
     vision = replace(DENSE.model.vision, image_size=32, class_token=class_token)
     return replace(DENSE, model=replace(DENSE.model, connector=connector, vision=vision))
+
+
+def start_from(about, config: MM1Config) -> None:
+    check_resumable(about, config, tokenizer_fingerprint=about.tokenizer_fingerprint, weights_only=True)
 
 
 @pytest.mark.parametrize("name", CONNECTORS)
@@ -100,4 +105,7 @@ def test_the_command_writes_a_checkpoint_to_fine_tune_from(groups, tmp_path):
     about = checkpoint.metadata
     assert about.mm1_config().model.vision.image_size == 64
     assert (about.iteration, about.has_training_state) == (0, False)
+    with pytest.raises(UserError, match=r"image_size was 32 and is 64.*by mm1 convert resize"):
+        start_from(MM1Checkpoint(before).metadata, about.mm1_config())
+    start_from(about, about.mm1_config())
     assert "image_size: 64" in (after / "config.yaml").read_text()
