@@ -109,7 +109,7 @@ def test_training_does_not_notice_an_evaluation(pool, model, folder, name, sizes
     config = jobs.with_parallel(model(name)[0], **sizes)
     for differing, places, figures in pool(2).run(evaluation_jobs.compare_training, config, folder):
         assert differing == []
-        assert places > 100
+        assert places > 50  # tensors of the rank with the fewest
         assert [set(one) for one in figures] == [set(figures[0])] * 3
         assert "words, 2 shots, images exchanged, exact_match" in figures[0]
         assert figures[0]["words, 0 shots, not answered"] == 1
