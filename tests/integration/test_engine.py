@@ -190,6 +190,18 @@ def test_a_whole_image_is_not_cut(engine, config):
     assert cut.token_log_likelihoods != pytest.approx(expected.token_log_likelihoods, abs=1e-3)
 
 
+def test_the_same_images_cut_otherwise_are_another_prompt(engine, config):
+    """Though all positions hold the same tokens."""
+    wide = encoded(size=(90, 40), seed=5)
+    prompts = [(WholeImage(wide), Image(wide)), (Image(wide), WholeImage(wide))]
+    asked = [ScoringRequest(prompt=prompt, continuation="red circle") for prompt in prompts]
+    config = tiled(config, **TILINGS[0])
+    together, alone = engine(config=config).score(asked), [engine(config=config).score([one])[0] for one in asked]
+    for score, expected in zip(together, alone, strict=True):
+        assert score.token_log_likelihoods == pytest.approx(expected.token_log_likelihoods, abs=1e-5)
+    assert alone[0].token_log_likelihoods != pytest.approx(alone[1].token_log_likelihoods, abs=1e-4)
+
+
 def test_a_cut_image_is_forgotten_with_all_its_tiles(engine, config):
     config = tiled(config, **TILINGS[0])
     asked = [GenerationRequest(prompt=(image, Text("a")), max_new_tokens=2) for image in (A, B, A, B)]
