@@ -41,7 +41,13 @@ def add_evaluation_commands(commands: "argparse._SubParsersAction[argparse.Argum
         *both_spellings("high-resolution-shots"),
         type=count,
         metavar="N",
-        help="of the demonstrations only the last N in --high-resolution (all)",
+        help="of the demonstrations only the last N in --high-resolution, or cut into tiles (all)",
+    )
+    evaluation.add_argument(
+        *both_spellings("max-image-tiles"),
+        type=positive_int,
+        metavar="N",
+        help="of a grid, instead of what a model of dynamic tiling was trained with",
     )
     evaluation.add_argument(
         *both_spellings("chain-of-thought"),

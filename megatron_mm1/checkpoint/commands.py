@@ -84,6 +84,11 @@ def build_convert_parser() -> argparse.ArgumentParser:
     )
     upcycle.add_argument("--router-seed", type=int, default=1234, metavar="N", help="(%(default)s)")
 
+    resize = _add_conversion(
+        commands, "resize", "resample position embeddings for images of another size", checkpoint=True
+    )
+    resize.add_argument("--image-size", required=True, type=positive_int, metavar="PX", help="side of the new images")
+
     take = _add_conversion(commands, "take", "make a checkpoint of one part of a model", checkpoint=True)
     exchange = _add_conversion(commands, "replace", "exchange one part of a model", checkpoint=True)
     exchange.add_argument(

@@ -129,6 +129,17 @@ def upcycle_main(args: Namespace, config_arguments: Sequence[str]) -> None:
     _write(args, plan, _weights_only(checkpoint.metadata, replace(before, model=model)), checkpoint)
 
 
+def resize_main(args: Namespace) -> None:
+    """A checkpoint's weights for images of another size."""
+    from megatron_mm1.checkpoint.resize import resize
+
+    checkpoint = MM1Checkpoint(args.checkpoint)
+    before = checkpoint.metadata.mm1_config()
+    model, plan = resize(before.model, args.image_size, Subset(checkpoint, _WEIGHTS))
+    metadata = _weights_only(checkpoint.metadata, replace(before, model=model))
+    _write(args, plan, metadata, checkpoint, objects=checkpoint.read_objects(_WEIGHTS))
+
+
 def take_main(args: Namespace) -> None:
     """One part of a checkpoint's model, as a checkpoint of its own."""
     checkpoint = MM1Checkpoint(args.checkpoint)

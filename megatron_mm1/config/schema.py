@@ -207,6 +207,10 @@ class DataConfig:
     min_image_tiles: int = 1
     max_image_tiles: int = 4
     """Tiles of a dynamic grid, the overview not counted."""
+    tile_indicators: bool = False
+    """Text "(k,i,j)" in front of each tile of an image of several: image k, row i, column j; "(k,0,0)" is the whole
+    image (MM1.5 [P], as text [M]).
+    """
     random_resized_crop: tuple[float, float] | None = None
     """Train on a random part of each image, its area between these shares of the whole; never in validation."""
     image_decoder: Literal["cpu", "gpu"] = "cpu"

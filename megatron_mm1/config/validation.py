@@ -243,6 +243,14 @@ def _images(config: MM1Config, world_size: int) -> Iterator[str]:
     data = config.data
     if data.min_image_tiles > data.max_image_tiles:
         yield f"min_image_tiles {data.min_image_tiles} is more than max_image_tiles {data.max_image_tiles}: lower it"
+    if data.tile_indicators and data.image_tiling == "none":
+        yield "data.tile_indicators stand in front of tiles, and data.image_tiling none makes none: choose a tiling"
+    most = {"none": 0, "overview_and_crops": 5, "dynamic": data.max_image_tiles + (data.max_image_tiles > 1)}
+    if most[data.image_tiling] > data.max_images_per_sequence:
+        yield (
+            f"data.image_tiling {data.image_tiling} makes up to {most[data.image_tiling]} images of one, the whole "
+            f"included, and max_images_per_sequence is {data.max_images_per_sequence}: raise it"
+        )
     shares = data.random_resized_crop
     if shares is not None and not 0 < shares[0] <= shares[1] <= 1:
         yield f"data.random_resized_crop {list(shares)} is no range of shares of an area: use two of 0 to 1, in order"
@@ -415,7 +423,7 @@ RULES = (
     Rule((), _freeze),
     Rule((), _batch_size_ramp),
     Rule(("data.seq_length", "data.max_images", "model.connector.tokens"), _sequence),
-    Rule(("data.min_image", "data.max_image_tiles"), _images),
+    Rule(("data.min_image", "data.max_image"), _images),
     Rule((), _sources),
     Rule((), _mixture),
     Rule((), _optimizer),

@@ -10,10 +10,10 @@ import torch
 
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
+from megatron_mm1.data.image_tokens import ImageTokens
 from megatron_mm1.data.images.augmentation import RandomResizedCrop
 from megatron_mm1.data.images.preprocessing import EncodedImage
 from megatron_mm1.data.source import Piece
-from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
 
@@ -27,6 +27,7 @@ class Row:
         pieces: its examples in order; together they fit the sequence.
         trained: False for a row that only fills up a microbatch: none of its positions gets a label.
         grids: for each piece the grids of its images, [n, 2] (rows, columns); None where images are not tiled.
+        first_images: for each piece how many images its document has before it; None: it begins its document.
         index: place of the sequence in the order of training, which decides how its images are cropped; None where
             they are not, in validation.
     """
@@ -35,6 +36,7 @@ class Row:
     pieces: Sequence[Piece]
     trained: bool = True
     grids: Sequence[np.ndarray] | None = None
+    first_images: Sequence[int] | None = None
     index: int | None = None
 
 
@@ -50,23 +52,20 @@ class Assembler:
 
     Attributes:
         seq_length: S.
-        tokens_per_image: positions of an image, and of each of its tiles.
-        image_id, pad_id: token ids.
+        image_tokens: lays out images.
+        pad_id: token id.
         image_size: side of the images, px.
         text_only: leave every image and its positions out.
         processor: turns image bytes into pixels; None on ranks that do not encode.
-        tiling: tells how many tiles a grid has, and their order.
         crop: random crops of the images of rows that have an `index`.
     """
 
     seq_length: int
-    tokens_per_image: int
-    image_id: int
+    image_tokens: ImageTokens
     pad_id: int
     image_size: int
     text_only: bool = False
     processor: FillsImages | None = None
-    tiling: Tiling = field(default_factory=Tiling)
     crop: RandomResizedCrop | None = None
 
     @staticmethod
@@ -74,13 +73,11 @@ class Assembler:
         """That of a run; it crops no image."""
         return Assembler(
             seq_length=config.data.seq_length,
-            tokens_per_image=config.model.connector.tokens_per_image,
-            image_id=tokenizer.image_id,
+            image_tokens=ImageTokens.of(config, tokenizer),
             pad_id=tokenizer.pad_id,
             image_size=config.model.vision.image_size,
             text_only=config.data.text_only,
             processor=processor,
-            tiling=Tiling.of(config),
         )
 
     def __call__(self, rows: Sequence[Row]) -> PackedBatch:
@@ -103,8 +100,8 @@ class Assembler:
         for b, row in enumerate(rows):
             start = number = 0
             for segment, (source, piece) in enumerate(zip(row.sources, row.pieces, strict=True), 1):
-                grids = self._grids(row, segment - 1)
-                ids, trained = self._expand(piece, grids)
+                grids, first = self._grids(row, segment - 1), self._first_image(row, segment - 1)
+                ids, trained = self._expand(piece, grids, first)
                 stop = start + len(ids)
                 self._check_fit(stop)
                 tokens[b, start:stop] = ids
@@ -114,9 +111,9 @@ class Assembler:
                 segment_ids[b, start:stop] = segment
                 source_ids[b, start:] = source
                 if not self.text_only:
-                    images.slots.append(b * self.seq_length + start + np.flatnonzero(ids == self.image_id))
+                    images.slots.append(b * self.seq_length + start + np.flatnonzero(ids == self.image_tokens.image_id))
                     images.encoded += self._encoded(row, piece, grids=grids, number=number)
-                    images.tiles += [self._tile_index(k, grid) for k, grid in enumerate(grids.tolist())]
+                    images.tiles += [self._tile_index(k, grid) for k, grid in enumerate(grids.tolist(), first)]
                 number += len(piece.images)
                 start = stop
         return PackedBatch(
@@ -131,12 +128,22 @@ class Assembler:
     def _grids(self, row: Row, piece: int) -> np.ndarray:
         return np.ones((len(row.pieces[piece].images), 2), np.int64) if row.grids is None else row.grids[piece]
 
-    def _expand(self, piece: Piece, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _first_image(self, row: Row, piece: int) -> int:
+        return 0 if row.first_images is None else row.first_images[piece]
+
+    def _expand(self, piece: Piece, grids: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and trained flags with each image at its full length, or gone."""
-        is_image = piece.tokens == self.image_id
+        is_image = piece.tokens == self.image_tokens.image_id
+        if self.text_only:
+            return piece.tokens[~is_image], piece.trained[~is_image]
+        numbers = np.arange(first, first + len(grids))
         repeats = np.ones(len(piece.tokens), np.int64)
-        repeats[is_image] = 0 if self.text_only else self.tokens_per_image * self.tiling.tiles_of_grids(grids)
-        return np.repeat(piece.tokens, repeats), np.repeat(piece.trained, repeats)
+        repeats[is_image] = self.image_tokens.lengths(numbers, grids)
+        ids, trained = np.repeat(piece.tokens, repeats), np.repeat(piece.trained, repeats)
+        if self.image_tokens.indicators is not None and len(grids):
+            of_images = [self.image_tokens.ids(k, tuple(grid)) for k, grid in enumerate(grids.tolist(), first)]
+            ids[np.repeat(is_image, repeats)] = np.concatenate(of_images)
+        return ids, trained
 
     def _check_fit(self, positions: int) -> None:
         if positions > self.seq_length:
@@ -157,12 +164,13 @@ class Assembler:
 
     def _tile_index(self, image: int, grid: list[int]) -> np.ndarray:
         """[tiles, 3] (image, row, column)."""
-        places = self.tiling.places((grid[0], grid[1]))
+        places = self.image_tokens.tiling.places((grid[0], grid[1]))
         return np.concatenate([np.full((len(places), 1), image), places], axis=1)
 
     def _group(self, images: "_Images") -> ImageGroup:
-        slots = torch.from_numpy(np.concatenate(images.slots)).view(-1, self.tokens_per_image)
-        tile_index = None if self.tiling.kind == "none" else torch.from_numpy(np.concatenate(images.tiles))
+        slots = torch.from_numpy(np.concatenate(images.slots)).view(-1, self.image_tokens.tokens_per_image)
+        is_tiled = self.image_tokens.tiling.kind != "none"
+        tile_index = None if not is_tiled else torch.from_numpy(np.concatenate(images.tiles))
         group = ImageGroup(slots=slots, height=self.image_size, width=self.image_size, tile_index=tile_index)
         return group if self.processor is None else self.processor.fill(group, images.encoded)
 

@@ -137,13 +137,16 @@ class _Batches:
         return self.assembler([self._row(row, list(islice(pieces, len(row.pieces)))) for row in rows])
 
     def _row(self, row: PlannedRow, pieces: Sequence[Piece]) -> Row:
-        grids = None
-        if self.assembler.tiling.kind != "none":
-            grids = [self._grids(of, piece) for of, piece in zip(row.pieces, pieces, strict=True)]
         numbers = [piece.source for piece in row.pieces]
-        return Row(numbers, pieces, trained=row.trained, grids=grids, index=row.index)
+        plain = Row(numbers, pieces, trained=row.trained, index=row.index)
+        if self.assembler.image_tokens.tiling.kind == "none":
+            return plain
+        tilings = [self._tiling(of, piece) for of, piece in zip(row.pieces, pieces, strict=True)]
+        return replace(plain, first_images=[first for first, _ in tilings], grids=[grids for _, grids in tilings])
 
-    def _grids(self, of: PieceOf, piece: Piece) -> np.ndarray:
-        """[n, 2] grids of the images of a piece: where its document is cut makes no difference to them."""
-        num_images = self.sources[of.source].num_images(np.array([of.document]))
-        return self.assembler.tiling.grids(np.array(piece.sizes), num_images=int(num_images[0]))
+    def _tiling(self, of: PieceOf, piece: Piece) -> tuple[int, np.ndarray]:
+        """How many images a piece's document has before it, and the grids [n, 2] of its own: where the document is cut
+        makes no difference to them."""
+        positions, _ = self.sources[of.source].images_of(np.array([of.document]))
+        grids = self.assembler.image_tokens.tiling.grids(np.array(piece.sizes), num_images=len(positions))
+        return int((positions < of.start).sum()), grids

@@ -13,8 +13,8 @@ def split_documents(
     image_bounds: np.ndarray,
     image_positions: np.ndarray,
     image_tiles: np.ndarray,
+    image_lengths: np.ndarray,
     *,
-    tokens_per_image: int,
     seq_length: int,
     max_images: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -27,7 +27,8 @@ def split_documents(
         num_tokens: [D] int64 stored tokens of each document, one per image.
         image_bounds: [D + 1] int64, which of the images are each document's.
         image_positions: [I] int64, where each stands among its document's stored tokens, increasing.
-        image_tiles: [I] int64, pictures that the tower encodes for each; one takes `tokens_per_image` positions.
+        image_tiles: [I] int64, pictures that the tower encodes for each.
+        image_lengths: [I] int64, positions that each takes in a sequence.
         seq_length, max_images: limits of a sequence; every tile counts as an image.
 
     Returns:
@@ -37,15 +38,14 @@ def split_documents(
     Raises:
         UserError: one image alone does not fit.
     """
-    most = int(image_tiles.max(initial=0))
-    if most and (most * tokens_per_image > seq_length or most > max_images):
+    most, longest = int(image_tiles.max(initial=0)), int(image_lengths.max(initial=0))
+    if longest > seq_length or most > max_images:
         raise UserError(
-            f"an image takes {most * tokens_per_image} tokens ({most} x {tokens_per_image}), a sequence holds "
-            f"{seq_length} tokens and {max_images} images: raise data.seq_length or data.max_images_per_sequence"
+            f"an image takes {longest} tokens (of {most} images), a sequence holds {seq_length} tokens and "
+            f"{max_images} images: raise data.seq_length or data.max_images_per_sequence"
         )
-    arrays = (num_tokens, image_bounds, image_positions, image_tiles)
-    tokens, bounds, positions, tiles = (np.ascontiguousarray(array, np.int64) for array in arrays)
-    return _split(tokens, bounds, positions, tiles, tokens_per_image, seq_length, max_images)
+    arrays = (num_tokens, image_bounds, image_positions, image_tiles, image_lengths)
+    return _split(*(np.ascontiguousarray(array, np.int64) for array in arrays), seq_length, max_images)
 
 
 @njit(cache=True, nogil=True)
@@ -54,7 +54,7 @@ def _split(
     image_bounds: np.ndarray,
     image_positions: np.ndarray,
     image_tiles: np.ndarray,
-    tokens_per_image: int,
+    image_lengths: np.ndarray,
     seq_length: int,
     max_images: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -76,11 +76,11 @@ def _split(
                         break
                     stop += taken
                     room -= taken
-                elif room < image_tiles[image] * tokens_per_image or image_room < image_tiles[image]:
+                elif room < image_lengths[image] or image_room < image_tiles[image]:
                     break
                 else:
                     stop += 1
-                    room -= image_tiles[image] * tokens_per_image
+                    room -= image_lengths[image]
                     image_room -= image_tiles[image]
                     image += 1
             if stop < total:
@@ -92,7 +92,7 @@ def _split(
                     while image > last:
                         image -= 1
                         stop -= 1
-                        room += image_tiles[image] * tokens_per_image
+                        room += image_lengths[image]
                         image_room += image_tiles[image]
             if count == size:
                 size *= 2
@@ -113,8 +113,8 @@ def cut_documents(
     image_bounds: np.ndarray,
     image_positions: np.ndarray,
     image_tiles: np.ndarray,
+    image_lengths: np.ndarray,
     *,
-    tokens_per_image: int,
     seq_length: int,
     max_images: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -131,14 +131,17 @@ def cut_documents(
     for number, flags in enumerate(trained):
         ends = np.flatnonzero(flags & ~np.append(flags[1:], False)) + 1
         images = slice(*image_bounds[number : number + 2].tolist())
-        before = np.concatenate([[0], np.cumsum(image_tiles[images])])[np.searchsorted(image_positions[images], ends)]
-        positions = ends - np.searchsorted(image_positions[images], ends) + before * tokens_per_image
-        fitting = np.flatnonzero((positions <= seq_length) & (before <= max_images))
+        before = np.searchsorted(image_positions[images], ends)  # how many images
+        num_tiles, taken = (
+            np.concatenate([[0], np.cumsum(of_image[images])])[before] for of_image in (image_tiles, image_lengths)
+        )
+        positions = ends - before + taken
+        fitting = np.flatnonzero((positions <= seq_length) & (num_tiles <= max_images))
         if len(fitting):
             last = fitting[-1]
             pieces.append((number, 0, int(ends[last])))
             lengths.append(int(positions[last]))
-            tiles.append(int(before[last]))
+            tiles.append(int(num_tiles[last]))
     return np.array(pieces, np.int64).reshape(-1, 3), np.array(lengths, np.int64), np.array(tiles, np.int64)
 
 

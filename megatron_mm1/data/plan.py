@@ -7,6 +7,7 @@ import numpy as np
 
 from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.schema import DataConfig, MM1Config, SourceConfig
+from megatron_mm1.data.image_tokens import ImageTokens
 from megatron_mm1.data.mixture import Ingredient, Phase, Plan
 from megatron_mm1.data.pools import PackedStream, PackingLimits, PieceOf, Share
 from megatron_mm1.data.source import IndexedSource, Piece
@@ -24,6 +25,9 @@ class Sources:
     Args:
         configs: in the order that source numbers count.
 
+    Attributes:
+        tokenizer: of the run.
+
     Raises:
         UserError: one is missing or damaged, was prepared with another tokenizer, or the tokenizer has too many pieces.
     """
@@ -34,6 +38,7 @@ class Sources:
                 f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces, model.decoder.vocab_size is "
                 f"{config.model.decoder.vocab_size}: raise it to at least {tokenizer.vocab_size}"
             )
+        self.tokenizer = tokenizer
         self.names = tuple(source.name for source in configs)
         self._opened = [IndexedSource(source.path, tokenizer_fingerprint=tokenizer.fingerprint) for source in configs]
 
@@ -53,14 +58,14 @@ class Sources:
         return [content[place] for place in range(len(pieces))]
 
 
-def packing_limits(config: MM1Config) -> PackingLimits:
+def packing_limits(config: MM1Config, tokenizer: Tokenizer) -> PackingLimits:
     """What a sequence of this run holds."""
     return PackingLimits(
         seq_length=config.data.seq_length,
         max_images=config.data.max_images_per_sequence,
         tokens_per_image=config.model.connector.tokens_per_image,
         lookahead=config.data.packing_lookahead,
-        tiles=None if config.data.image_tiling == "none" else Tiling.of(config).tiles_of,
+        image_costs=None if config.data.image_tiling == "none" else ImageTokens.of(config, tokenizer).costs,
         long_documents=config.data.long_documents,
     )
 
@@ -68,7 +73,7 @@ def packing_limits(config: MM1Config) -> PackingLimits:
 def packed_alone(config: MM1Config, sources: Sources, number: int) -> PackedStream:
     """One source packed by itself."""
     share = Share(number, sources.names[number], sources[number])
-    return PackedStream([share], limits=packing_limits(config), key=str(config.data.seed))
+    return PackedStream([share], limits=packing_limits(config, sources.tokenizer), key=str(config.data.seed))
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ def training_plan(config: MM1Config, sources: Sources) -> Plan:
         ingredients,
         [Phase(batches.sequences_before(step), of) for step, of in zip(weights, shares, strict=True)],
         seed=data.seed,
-        identity=_identity(config),
+        identity=_identity(config, sources.tokenizer),
     )
     needed = batches.sequences_before(config.training.train_iters)
     if plan.end is not None and plan.end < needed:
@@ -150,9 +155,9 @@ def training_plan(config: MM1Config, sources: Sources) -> Plan:
     return plan
 
 
-def _identity(config: MM1Config) -> dict[str, object]:
+def _identity(config: MM1Config, tokenizer: Tokenizer) -> dict[str, object]:
     """What sequences and their pixels depend on besides the sources and their shares."""
-    data, limits = config.data, packing_limits(config)
+    data, limits = config.data, packing_limits(config, tokenizer)
     identity: dict[str, object] = {
         "packing": data.packing,
         "limits": [limits.seq_length, limits.max_images, limits.tokens_per_image, limits.lookahead],
@@ -161,7 +166,11 @@ def _identity(config: MM1Config) -> dict[str, object]:
     }
     if limits.long_documents != "split":
         identity |= {"long_documents": limits.long_documents}
-    return identity if limits.tiles is None else identity | {"tiling": asdict(Tiling.of(config))}
+    if data.image_tiling != "none":
+        identity |= {"tiling": asdict(Tiling.of(config))}
+    if data.tile_indicators:
+        identity |= {"tile_indicators": tokenizer.fingerprint}
+    return identity
 
 
 def _by_source(
@@ -195,7 +204,7 @@ def _mixed(
     config: MM1Config, sources: Sources, weights: Sequence[Mapping[str, float]]
 ) -> tuple[list[Ingredient], list[dict[int, float]]]:
     """One stream for each phase, in which sequences hold documents of all its sources."""
-    limits = packing_limits(config)
+    limits = packing_limits(config, sources.tokenizer)
     numbers = {name: number for number, name in enumerate(sources.names)}
     ingredients = []
     for turn, phase in enumerate(weights):
@@ -219,7 +228,5 @@ def _mean_length(source: IndexedSource, limits: PackingLimits) -> float:
     total = 0
     for first in range(0, len(source), _BLOCK):
         documents = np.arange(first, min(first + _BLOCK, len(source)))
-        num_images = source.num_images(documents)
-        tiles = limits.tiles_of_documents(source, documents, num_images)
-        total += int((source.num_tokens(documents) - num_images + tiles * limits.tokens_per_image).sum())
+        total += int(limits.of_documents(source, documents)[0].sum())
     return total / len(source)

@@ -44,11 +44,13 @@ class Documents(Protocol):
         """[tokens] bool for each document: which of its stored tokens are targets of the loss."""
 
 
-class TileCount(Protocol):
-    """How many tiles the tower encodes for each image."""
+class ImageCosts(Protocol):
+    """What images take of a sequence (`ImageTokens.costs`)."""
 
-    def __call__(self, sizes: np.ndarray, num_images: np.ndarray) -> np.ndarray:
-        """[I, 2] heights and widths, [I] images of the document that each belongs to -> [I] int64."""
+    def __call__(self, sizes: np.ndarray, num_images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Heights and widths [I, 2] of all images of some documents, and how many each document has [D] ->
+        how many images the tower encodes for each, [I] int64, and the positions it takes, [I] int64.
+        """
         ...
 
 
@@ -57,7 +59,7 @@ class PackingLimits:
     """What a sequence holds (names as in DataConfig).
 
     Attributes:
-        tiles: None where each image is one.
+        image_costs: None where each image is one and takes `tokens_per_image` positions.
         long_documents: see `DataConfig`.
     """
 
@@ -65,21 +67,29 @@ class PackingLimits:
     max_images: int
     tokens_per_image: int
     lookahead: int
-    tiles: TileCount | None = None
+    image_costs: ImageCosts | None = None
     long_documents: Literal["split", "cut", "drop"] = "split"
 
-    def tiles_of_images(self, sizes: np.ndarray, num_images: np.ndarray) -> np.ndarray:
-        """`TileCount`, 1 for each image where there are no tiles."""
-        return np.ones(len(sizes), np.int64) if self.tiles is None else self.tiles(sizes, num_images)
+    def of_images(self, sizes: np.ndarray, num_images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `ImageCosts`."""
+        if self.image_costs is not None:
+            return self.image_costs(sizes, num_images)
+        return np.ones(len(sizes), np.int64), np.full(len(sizes), self.tokens_per_image)
 
-    def tiles_of_documents(self, source: Documents, documents: np.ndarray, num_images: np.ndarray) -> np.ndarray:
-        """[n] tiles of all images of each document, where those have `num_images` [n]."""
-        if self.tiles is None:
-            return num_images
-        of_image = self.tiles(source.images_of(documents)[1], np.repeat(num_images, num_images))
-        sums = np.concatenate([[0], np.cumsum(of_image)])
-        last = np.cumsum(num_images)
-        return sums[last] - sums[last - num_images]
+    def of_documents(self, source: Documents, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n] positions that each whole document takes, and [n] images that the tower encodes for it."""
+        num_images = source.num_images(documents)
+        text = source.num_tokens(documents) - num_images
+        if self.image_costs is None:
+            return text + num_images * self.tokens_per_image, num_images
+        tiles, taken = self.image_costs(source.images_of(documents)[1], num_images)
+        return text + _totals(taken, num_images), _totals(tiles, num_images)
+
+
+def _totals(of_images: np.ndarray, num_images: np.ndarray) -> np.ndarray:
+    """[D] sums over the images of each document: the first `num_images` [D] of them, the next, and so on."""
+    sums, last = np.concatenate([[0], np.cumsum(of_images)]), np.cumsum(num_images)
+    return sums[last] - sums[last - num_images]
 
 
 class PieceOf(NamedTuple):
@@ -253,10 +263,9 @@ class PackedStream:
     def _cut(self, place: int, number: int) -> _Cut:
         share = self.shares[place]
         documents = self._documents(place, number)
-        num_tokens, num_images = share.documents.num_tokens(documents), share.documents.num_images(documents)
+        num_tokens = share.documents.num_tokens(documents)
         limits = self._limits
-        tiles = limits.tiles_of_documents(share.documents, documents, num_images)
-        lengths = num_tokens - num_images + tiles * limits.tokens_per_image
+        lengths, tiles = limits.of_documents(share.documents, documents)
         whole = np.flatnonzero((lengths <= limits.seq_length) & (tiles <= limits.max_images) & (lengths > 0))
         long = np.flatnonzero((lengths > limits.seq_length) | (tiles > limits.max_images))
         stretches, cut_lengths, cut_tiles = self._shorten(share.documents, documents[long], num_tokens[long])
@@ -311,8 +320,7 @@ class PackedStream:
         return shorten(
             np.concatenate([[0], np.cumsum(num_images)]),
             positions,
-            limits.tiles_of_images(sizes, np.repeat(num_images, num_images)),
-            tokens_per_image=limits.tokens_per_image,
+            *limits.of_images(sizes, num_images),
             seq_length=limits.seq_length,
             max_images=limits.max_images,
         )

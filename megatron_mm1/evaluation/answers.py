@@ -9,7 +9,15 @@ from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.fewshot import FewShot, Request
 from megatron_mm1.evaluation.items import ImageFile, Prompt
 from megatron_mm1.evaluation.task import Outcome, Refusal, Task
-from megatron_mm1.inference.requests import Failure, Generation, GenerationRequest, ImageOfSize, Score, ScoringRequest
+from megatron_mm1.inference.requests import (
+    Failure,
+    Generation,
+    GenerationRequest,
+    ImageOfSize,
+    Score,
+    ScoringRequest,
+    WholeImage,
+)
 
 
 class Responder(Protocol):
@@ -80,9 +88,9 @@ def _shown(prompt: Prompt, images: _Images, settings: FewShot) -> list[Text | Im
 
 
 def _sized(image: Image, file: ImageFile, settings: FewShot) -> Image:
-    if settings.high_resolution is None or not file.high_resolution:
-        return image
-    return ImageOfSize(image.data, image_size=settings.high_resolution)
+    if not file.high_resolution:
+        return WholeImage(image.data)
+    return image if settings.high_resolution is None else ImageOfSize(image.data, image_size=settings.high_resolution)
 
 
 def _outcome(

@@ -19,13 +19,14 @@ class FewShot:
         seed: of the draw.
         high_resolution: px, of the side of images in high resolution; None: every image has the size that the model
             was trained with.
-        high_resolution_shots: how many demonstrations, the last ones, show their images in high resolution, as the
-            item itself does; None: all. MM1 has 3 after fine-tuning [M].
+        high_resolution_shots: how many demonstrations, the last ones, show their images in high resolution (in
+            `high_resolution` px, or cut into tiles by a model that does so), as the item itself does; None: all. MM1
+            has 3 after fine-tuning [M].
         chain_of_thought: demonstrations carry their reasoning, and the answer is taken out of the model's.
         permute_images: the control: no image of the demonstrations is where it belongs, and nothing else changes.
 
     Raises:
-        UserError: a number is negative, or says something about high resolution where there is none.
+        UserError: a number is negative.
     """
 
     shots: int = 0
@@ -39,11 +40,6 @@ class FewShot:
         if self.shots < 0 or (self.high_resolution_shots or 0) < 0:
             raise UserError(
                 f"{self.shots} shots, {self.high_resolution_shots} of them in high resolution: give 0 or more"
-            )
-        if self.high_resolution_shots is not None and self.high_resolution is None:
-            raise UserError(
-                f"only {self.high_resolution_shots} demonstrations in high resolution, but no high resolution: "
-                "say how many px it is, or leave this out"
             )
 
     def template(self, task: Task, item: Item) -> Template:

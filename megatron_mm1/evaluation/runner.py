@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from megatron_mm1.checkpoint.format import digest_of, find_checkpoint, read_metadata
+from megatron_mm1.config import MM1Config
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.answers import Responder
 from megatron_mm1.evaluation.asking import ONE_COPY, Copies, ask
@@ -31,8 +32,8 @@ _SHOWN_REFUSALS = 5
 
 
 def evaluate_main(args: Namespace) -> None:
-    """`mm1 eval`: `args` has checkpoint, task (names), data (TASK=DIR), output, limit, shots, control and the fields of
-    `FewShot` and `ParallelSizes`.
+    """`mm1 eval`: `args` has checkpoint, task (names), data (TASK=DIR), output, limit, shots, control, max_image_tiles
+    and the fields of `FewShot` and `ParallelSizes`.
     """
     settings = FewShot(
         seed=args.seed,
@@ -48,6 +49,7 @@ def evaluate_main(args: Namespace) -> None:
         folders=_folders(args.data, args.task),
         limit=args.limit,
         sizes=ParallelSizes.of(args),
+        max_image_tiles=args.max_image_tiles,
     )
     if results is not None:
         print(samples(results))
@@ -88,6 +90,7 @@ def evaluate(
     folders: Mapping[str, Path] = MappingProxyType({}),
     limit: int | None = None,
     sizes: ParallelSizes = AS_TRAINED,
+    max_image_tiles: int | None = None,
 ) -> list[Result] | None:
     """Run tasks on a checkpoint; every process of the job calls this. An evaluation that was interrupted goes on.
 
@@ -98,6 +101,7 @@ def evaluate(
         series: how items are presented.
         folders: of the tasks' data, by task; not of those that know their own.
         limit: items per task at most.
+        max_image_tiles: see `open_engine`.
 
     Returns:
         The results on rank 0, None on the others.
@@ -109,14 +113,18 @@ def evaluate(
     conditions = plan(built, series, limit=limit)
     checkpoint = find_checkpoint(checkpoint)
     identity = _identity(checkpoint)
-    with open_engine(checkpoint, sizes=sizes, images_together=IMAGES_TOGETHER) as engine:
+    _check_resolution(series.settings, read_metadata(checkpoint).mm1_config())
+    with open_engine(
+        checkpoint, sizes=sizes, images_together=IMAGES_TOGETHER, max_image_tiles=max_image_tiles
+    ) as engine:
         parallel = asdict(engine.config.parallel)
-        journal = Journal(output / _JOURNAL, model=_digest(identity, parallel))
+        journal = Journal(output / _JOURNAL, model=_digest(identity, parallel, max_image_tiles=max_image_tiles))
         results = run(engine, conditions, copies=copies_of(engine), journal=journal)
         sees_images, is_writer = not engine.config.data.text_only, torch.distributed.get_rank() == 0
     if not is_writer:
         return None
-    description = {"checkpoint": identity, "parallel": parallel, "few_shot": _described(series), "limit": limit}
+    few_shot = _described(series) | ({"max_image_tiles": max_image_tiles} if max_image_tiles else {})
+    description = {"checkpoint": identity, "parallel": parallel, "few_shot": few_shot, "limit": limit}
     write_report(output, description, results, name=identity["name"], with_images=sees_images)
     return results
 
@@ -141,6 +149,16 @@ def run(
     return [measure(condition, of_it) for condition, of_it in zip(conditions, outcomes, strict=True)]
 
 
+def _check_resolution(settings: FewShot, config: MM1Config) -> None:
+    """Raises UserError where some demonstrations are to be in high resolution and there is none."""
+    is_tiled = config.data.image_tiling != "none"
+    if settings.high_resolution_shots is not None and settings.high_resolution is None and not is_tiled:
+        raise UserError(
+            f"only {settings.high_resolution_shots} demonstrations in high resolution, but no high resolution: this "
+            "model cuts no images into tiles, so say how many px it is, or leave this out"
+        )
+
+
 def copies_of(engine: Engine) -> Copies:
     replica = engine.replica
     return Copies(count=replica.count, index=replica.index, speaks=replica.is_leader)
@@ -152,9 +170,10 @@ def _described(series: Series) -> dict[str, Any]:
     return {**fields, "shots": sorted(set(series.shots)), "control": series.with_control}
 
 
-def _digest(identity: Mapping[str, Any], parallel: Mapping[str, Any]) -> str:
-    """Names weights, code and layout: what answers depend on, to the last digit."""
-    known = (identity["digest"], identity["tokenizer"], identity["code_version"], sorted(parallel.items()))
+def _digest(identity: Mapping[str, Any], parallel: Mapping[str, Any], *, max_image_tiles: int | None = None) -> str:
+    """Names weights, code, layout and tiling: what answers depend on, to the last digit."""
+    known: tuple[Any, ...] = identity["digest"], identity["tokenizer"], identity["code_version"]
+    known += (sorted(parallel.items()), *([] if max_image_tiles is None else [max_image_tiles]))
     return xxhash.xxh3_64_hexdigest(repr(known).encode())
 
 

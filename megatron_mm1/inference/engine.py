@@ -110,11 +110,6 @@ class Engine:
 
 def check_askable(config: MM1Config) -> None:
     """Raises UserError if a model of this configuration cannot be run on prompts, whatever its weights."""
-    if config.data.image_tiling != "none" and not config.data.text_only:
-        raise UserError(
-            f"this model was trained with data.image_tiling {config.data.image_tiling}: inference takes whole images "
-            "only and cannot run it"
-        )
     scaled_by_history = [part for part, recipe in fp8_recipes(config.fp8).items() if recipe == "fp8_delayed"]
     if scaled_by_history:
         raise UserError(

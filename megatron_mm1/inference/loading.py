@@ -45,21 +45,29 @@ AS_TRAINED = ParallelSizes()
 
 @contextmanager
 def open_engine(
-    checkpoint: Path, *, sizes: ParallelSizes = AS_TRAINED, batch_size: int = 64, images_together: int | None = None
+    checkpoint: Path,
+    *,
+    sizes: ParallelSizes = AS_TRAINED,
+    batch_size: int = 64,
+    images_together: int | None = None,
+    max_image_tiles: int | None = None,
 ) -> Iterator[Engine]:
     """Join the job, load the checkpoint's weights, and leave the job when the block ends.
 
     Args:
         checkpoint: a checkpoint, or a folder of them (the newest is taken).
         batch_size, images_together: see `Engine`.
+        max_image_tiles: of a dynamic grid, instead of what the model was trained with (MM1.5 asks with up to 16 [P]).
 
     Raises:
-        UserError: the checkpoint, its tokenizer or the layout cannot be used.
+        UserError: the checkpoint, its tokenizer, the layout or so many tiles cannot be used.
     """
     checkpoint = find_checkpoint(checkpoint)
     metadata = read_metadata(checkpoint)
     world_size = launcher_ranks()[1]
     config = inference_config(metadata.mm1_config(), sizes=sizes, world_size=world_size)
+    if max_image_tiles is not None:
+        config = with_grids(config, max_image_tiles=max_image_tiles)
     validate(config, world_size=world_size)
     backend = layer_backend(config)
     tokenizer = open_tokenizer(config.data.tokenizer)
@@ -82,6 +90,27 @@ def open_engine(
         destroy_process_groups()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def with_grids(config: MM1Config, *, max_image_tiles: int) -> MM1Config:
+    """A model that cuts images into other grids than in training.
+
+    Raises:
+        UserError: it cuts images into no grids that could be larger or smaller.
+    """
+    data = config.data
+    if data.image_tiling != "dynamic":
+        raise UserError(
+            f"max_image_tiles {max_image_tiles}: this model's data.image_tiling is {data.image_tiling}, and only "
+            "dynamic grids have more or fewer tiles: leave it out"
+        )
+    tiles = replace(
+        data,
+        min_image_tiles=min(data.min_image_tiles, max_image_tiles),
+        max_image_tiles=max_image_tiles,
+        max_images_per_sequence=max(data.max_images_per_sequence, max_image_tiles + 1),  # one image must fit
+    )
+    return replace(config, data=tiles)
 
 
 def inference_config(saved: MM1Config, *, sizes: ParallelSizes, world_size: int) -> MM1Config:

@@ -26,7 +26,7 @@ def prompt_pass(
         cache: its rows from `row` on take the prompts' keys and values.
 
     Returns:
-        The pass, and the image tokens [images, tokens_per_image, H] that go with it.
+        The pass, and the image tokens [tiles, tokens_per_image, H] that go with it.
     """
     builder = PassBuilder()
     for number, prompt in enumerate(prompts):
@@ -47,14 +47,16 @@ class PassBuilder:
         self._tokens: list[int] = []
         self._positions: list[int] = []
         self._stretches: list[Stretch] = []
-        self._images: list[tuple[ImageKey, int]] = []
+        self._images: list[ImageKey] = []
+        self._starts: list[int] = []  # of their tiles
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def add_prompt(self, prompt: EncodedPrompt, *, row: int | None = None) -> int:
         """Add a prompt, to be kept in a row of the cache; returns where it stops."""
-        self._images += [(key, len(self) + position) for key, _, position in prompt.images]
+        self._images += [image.key for image in prompt.images]
+        self._starts += [len(self) + start for image in prompt.images for start in image.starts]
         return self._add(prompt.tokens, Stretch(len(self), len(self) + len(prompt.tokens), row=row))
 
     def add_behind_prompt(self, tokens: Sequence[int]) -> int:
@@ -83,9 +85,9 @@ class PassBuilder:
             self._positions,
             StretchAttention(stretches=self._stretches, cache=cache),
             wanted=self.wanted,
-            slots=[range(start, start + each) for _, start in self._images] if model.pre_process else (),
+            slots=[range(start, start + each) for start in self._starts] if model.pre_process else (),
         )
         if run.slots is None:
             return run, None
-        image_tokens = [features[key] for key, _ in self._images]
-        return run, torch.stack([tokens for tokens in image_tokens if tokens is not None]).to(run.tokens.device)
+        image_tokens = [features[key] for key in self._images]
+        return run, torch.cat([tokens for tokens in image_tokens if tokens is not None]).to(run.tokens.device)

@@ -2,13 +2,19 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.data.image_headers import UnusableImage
+from megatron_mm1.data.image_headers import image_size as size_of
+from megatron_mm1.data.image_tokens import ImageTokens
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
-from megatron_mm1.inference.requests import ImageOfSize, Prompt
+from megatron_mm1.inference.requests import ImageOfSize, Prompt, WholeImage
 
 IMAGE = "<image>"
 """What stands for an image where a prompt is written as text."""
@@ -20,11 +26,26 @@ class ImageKey:
 
     Attributes:
         digest: SHA-256 of the file.
-        image_size: px.
+        image_size: px, of each of its tiles.
+        grid: (rows, columns) of them.
     """
 
     digest: bytes
     image_size: int
+    grid: tuple[int, int] = (1, 1)
+
+
+class PromptImage(NamedTuple):
+    """An image of a prompt.
+
+    Attributes:
+        data: the file's bytes.
+        starts: the first position of each of its tiles.
+    """
+
+    key: ImageKey
+    data: bytes
+    starts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,11 +54,11 @@ class EncodedPrompt:
 
     Attributes:
         tokens: every position's; an image has as many as it takes positions.
-        images: in reading order: key, the file's bytes, and the image's first position.
+        images: in reading order.
     """
 
     tokens: tuple[int, ...]
-    images: tuple[tuple[ImageKey, bytes, int], ...] = ()
+    images: tuple[PromptImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,7 @@ class PromptEncoder:
     """Turns prompts into positions as training does with documents, but for the end of text.
 
     Attributes:
+        image_tokens: lays out images.
         image_size, patch_size: px, of the tower.
         fixed_size: whether the connector takes images of one size only.
         limit: positions that the model was trained with.
@@ -52,7 +74,7 @@ class PromptEncoder:
     """
 
     tokenizer: Tokenizer
-    tokens_per_image: int
+    image_tokens: ImageTokens
     image_size: int
     patch_size: int
     fixed_size: bool
@@ -64,7 +86,7 @@ class PromptEncoder:
         vision, connector = config.model.vision, config.model.connector
         return PromptEncoder(
             tokenizer=tokenizer,
-            tokens_per_image=connector.tokens_per_image,
+            image_tokens=ImageTokens.of(config, tokenizer),
             image_size=vision.image_size,
             patch_size=vision.patch_size,
             fixed_size=connector.connector == "mlp",  # one token for each patch
@@ -78,30 +100,59 @@ class PromptEncoder:
         Raises:
             UserError: there is not, an image has a size that cannot be, or the tokenizer lacks a control symbol.
         """
-        tokens, images = [self.tokenizer.bos_id], []
+        keys = iter(() if self.text_only else self._keys([part for part in prompt if isinstance(part, Image)]))
+        tokens, images = [self.tokenizer.bos_id], list[PromptImage]()
         for part in prompt:
             if isinstance(part, Text):
                 tokens += self.tokenizer.encode(part.text)
             elif not isinstance(part, Image):
                 tokens.append(self.tokenizer.control_id(part.symbol))
             elif not self.text_only:
-                images.append((self._key(part), part.data, len(tokens)))
-                tokens += [self.tokenizer.image_id] * self.tokens_per_image
+                key = next(keys)
+                ids = self.image_tokens.ids(len(images), key.grid)
+                slots = len(tokens) + np.flatnonzero(ids == self.tokenizer.image_id)
+                images.append(PromptImage(key, part.data, tuple(slots[:: self.image_tokens.tokens_per_image].tolist())))
+                tokens += ids.tolist()
         if len(tokens) + new_tokens > self.limit:
-            of_images = f" ({len(images)} images of {self.tokens_per_image} each)" if images else ""
+            of_images = self._of_images(images) if images else ""
             raise UserError(
                 f"the prompt's {len(tokens)} positions{of_images} and {new_tokens} more do not fit the {self.limit} "
                 "that the model was trained with: shorten it, leave images out, or ask for less"
             )
         return EncodedPrompt(tuple(tokens), tuple(images))
 
-    def _key(self, image: Image) -> ImageKey:
+    def _of_images(self, images: Sequence[PromptImage]) -> str:
+        tiles = sum(len(image.starts) for image in images)
+        cut = f", cut into {tiles} tiles" if self.image_tokens.tiling.kind != "none" else ""
+        return f" ({len(images)} images{cut} of {self.image_tokens.tokens_per_image} each)"
+
+    def _keys(self, images: Sequence[Image]) -> list[ImageKey]:
+        """Those of all images of a prompt: how many there are decides whether they are tiled."""
+        keys = []
+        for image in images:
+            size = self._size(image)
+            tiling = replace(self.image_tokens.tiling, side=size)
+            grid = (1, 1)
+            if not isinstance(image, WholeImage):
+                [grid] = map(tuple, tiling.grids(np.array([_header(image)]), num_images=len(images)).tolist())
+            keys.append(ImageKey(hashlib.sha256(image.data).digest(), size, grid))
+        return keys
+
+    def _size(self, image: Image) -> int:
         size = image.image_size if isinstance(image, ImageOfSize) else self.image_size
         if size < 1 or size % self.patch_size:
             raise UserError(f"image_size is {size}: give a multiple of the tower's patches of {self.patch_size} px")
         if self.fixed_size and size != self.image_size:
             raise UserError(f"image_size is {size}: this model's connector takes images of {self.image_size} px only")
-        return ImageKey(hashlib.sha256(image.data).digest(), size)
+        return size
+
+
+def _header(image: Image) -> tuple[int, int]:
+    """(height, width), px; any for an image that cannot be decoded, which is noticed then."""
+    try:
+        return size_of(image.data)
+    except UnusableImage:
+        return (1, 1)
 
 
 def prompt_of(text: str, images: Sequence[Image]) -> Prompt:

@@ -24,6 +24,11 @@ class ImageOfSize(Image):
     image_size: int = field(kw_only=True)
 
 
+@dataclass(frozen=True)
+class WholeImage(Image):
+    """An image that is not cut into tiles, by a model that cuts them: one in low resolution."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a token is chosen from the model's distribution.

@@ -79,9 +79,9 @@ class Scorer:
             yield together
 
 
-def _identity(prompt: EncodedPrompt) -> tuple[tuple[int, ...], tuple[tuple[bytes, int], ...]]:
+def _identity(prompt: EncodedPrompt) -> tuple[tuple[int, ...], tuple[tuple[bytes, int, tuple[int, int]], ...]]:
     """Equal for equal prompts, and of some order."""
-    return prompt.tokens, tuple((key.digest, key.image_size) for key, _, _ in prompt.images)
+    return prompt.tokens, tuple((key.digest, key.image_size, key.grid) for key, _, _ in prompt.images)
 
 
 def _build(targets: Sequence[Target]) -> tuple[PassBuilder, list[int]]:

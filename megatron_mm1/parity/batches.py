@@ -13,7 +13,7 @@ KINDS = {
     "mixed": "examples of several lengths, some with images, and a padded tail",
     "no image": "not one in the whole batch",
     "ranks without images": "images in every other microbatch only, so that half of the data-parallel ranks have none",
-    "most images": "as many as a sequence may hold, in every sequence",
+    "most images": "as many as a sequence may hold, in every sequence; five are the tiles of one image",
     "two resolutions": "images of two sizes in every sequence",
     "images at both ends": "a sequence that begins with an image and ends with one",
     "one-token examples": "among longer ones",
@@ -122,7 +122,7 @@ def _examples(
     match kind:
         case "most images":
             fitting = min(most, (length - 1) // (per_image + 1))
-            return [_with_images(0, length - 1, [0] * fitting, sizes)]
+            return [_with_images(0, length - 1, [0] * fitting, sizes, tiles=5)]
         case "one example":
             return [_with_images(0, length, [] if number % 2 else [0, 0], sizes)]
         case "images at both ends":
@@ -157,10 +157,13 @@ def _random_examples(
         start = stop
 
 
-def _with_images(start: int, stop: int, images: list[int], sizes: tuple[_Size, _Size]) -> _Example:
-    """An example whose images, of these sizes, follow each other with a token of text before each."""
+def _with_images(start: int, stop: int, images: list[int], sizes: tuple[_Size, _Size], *, tiles: int = 1) -> _Example:
+    """An example whose images, of these sizes, follow each other with a token of text before each, but for the first
+    so many, the tiles of one image, which it stands before.
+    """
     placed, position = [], start
-    for size in images:
-        placed.append((position + 1, size))
-        position += sizes[size].tokens + 1
+    for number, size in enumerate(images):
+        position += not 0 < number < tiles
+        placed.append((position, size))
+        position += sizes[size].tokens
     return _Example(start, stop, tuple(placed))

@@ -91,8 +91,10 @@ def check_resumable(
     problems = []
     if different := list(_model_differences("model", asdict(saved.model), asdict(config.model))):
         shown = "; ".join(different[:MOST_SHOWN]) + ("; .." if len(different) > MOST_SHOWN else "")
+        is_resized = saved.model.vision.image_size != config.model.vision.image_size
+        resize = "; for images of another size make a checkpoint first, by mm1 convert resize" if is_resized else ""
         problems.append(
-            f"model.* differs ({shown}): take it from the config.yaml beside the checkpoints (--config FILE)"
+            f"model.* differs ({shown}): take it from the config.yaml beside the checkpoints (--config FILE){resize}"
         )
     if metadata.tokenizer_fingerprint not in ("", tokenizer_fingerprint):
         problems.append(_wrong_tokenizer(metadata, tokenizer_fingerprint))

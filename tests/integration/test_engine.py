@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,12 @@ from megatron_mm1.config import (
     TrainingConfig,
     VisionConfig,
 )
+from megatron_mm1.data.assemble import Assembler, Row
+from megatron_mm1.data.batch import PackedBatch
+from megatron_mm1.data.images import ImageProcessor, check_image
 from megatron_mm1.data.records import Control, Image, Text
+from megatron_mm1.data.source import Piece
+from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.requests import (
@@ -28,6 +34,7 @@ from megatron_mm1.inference.requests import (
     Sampling,
     Score,
     ScoringRequest,
+    WholeImage,
 )
 from megatron_mm1.training.build import build_module
 from tests.corpora import encoded, small_tokenizer
@@ -83,7 +90,8 @@ def config(tokenizer) -> MM1Config:
 @pytest.fixture(scope="module")
 def model(config, groups) -> torch.nn.Module:
     torch.manual_seed(0)
-    return build_module(config, backend="local", pg_collection=groups)
+    longer = replace(config, data=replace(config.data, seq_length=160))  # which tiles need
+    return build_module(longer, backend="local", pg_collection=groups)
 
 
 @pytest.fixture
@@ -125,6 +133,89 @@ def test_answers_are_those_of_the_whole_model_run_anew_for_each_token(engine, co
     scored = [ScoringRequest(prompt=prompt, continuation=text) for prompt, text in zip(prompts, texts, strict=True)]
     for score, values in zip(engine().score(scored), expected_scores, strict=True):
         assert score.token_log_likelihoods == pytest.approx(values, abs=1e-5)
+
+
+def tiled(config: MM1Config, **data) -> MM1Config:
+    return replace(config, data=replace(config.data, seq_length=160, **data))
+
+
+TILINGS = [
+    dict(image_tiling="overview_and_crops"),
+    dict(image_tiling="dynamic", max_image_tiles=6),
+    dict(image_tiling="dynamic", max_image_tiles=6, tile_indicators=True),
+]
+
+
+def seen_in_training(config: MM1Config, tokenizer, prompt, behind: list[int]) -> PackedBatch:
+    """A prompt and what is behind it as the loader would assemble them."""
+    tokens, sizes = [tokenizer.bos_id], []
+    for part in prompt:
+        tokens += tokenizer.encode(part.text) if isinstance(part, Text) else [tokenizer.image_id]
+        sizes += [check_image(part.data)] if isinstance(part, Image) else []
+    images = tuple(part.data for part in prompt if isinstance(part, Image))
+    piece = Piece(np.array(tokens + behind), np.zeros(len(tokens + behind), bool), images)
+    grids = Tiling.of(config).grids(np.array(sizes), len(sizes))
+    assembler = Assembler.of(config, tokenizer, processor=ImageProcessor.of(config))
+    return assembler([Row([0], [piece], grids=[grids])]).to(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_tiled_images_are_seen_as_in_training(engine, config, model, tokenizer, tiling):
+    """Wide, tall and small images, two and three in a prompt, and the same one cut and whole."""
+    config = tiled(config, **tiling)
+    wide, tall = Image(encoded(size=(90, 40), seed=5)), Image(encoded(size=(33, 70), seed=6))
+    prompts = [(wide, Text(" is a red")), (Text("a "), tall, Text(" of "), A), (wide, A, tall, Text("a"))]
+    for one in (engine(config=config, images_together=2), engine(config=config)):
+        scores = one.score([ScoringRequest(prompt=prompt, continuation=" blue square") for prompt in prompts])
+        for prompt, score in zip(prompts, scores, strict=True):
+            target = [*tokenizer.encode(" blue square"), tokenizer.eos_id]
+            batch = seen_in_training(config, tokenizer, prompt, target)
+            with torch.no_grad():
+                logits = model.eval()(batch, return_logits=True)[0].log_softmax(dim=-1)
+            filled = int((batch.segment_ids > 0).sum())
+            rows = logits[filled - len(target) - 1 : filled - 1]
+            expected = rows[torch.arange(len(target)), target].tolist()
+            assert score.token_log_likelihoods == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_whole_image_is_not_cut(engine, config):
+    config_of_tiles = tiled(config, **TILINGS[0])
+    wide = encoded(size=(90, 40), seed=5)
+    prompts = [(kind(wide), Text(" is a")) for kind in (WholeImage, Image)]
+    whole, cut = engine(config=config_of_tiles).score(
+        [ScoringRequest(prompt=prompt, continuation="red circle") for prompt in prompts]
+    )
+    [expected] = engine().score([ScoringRequest(prompt=prompts[1], continuation="red circle")])
+    assert whole.token_log_likelihoods == pytest.approx(expected.token_log_likelihoods, abs=1e-5)
+    assert cut.token_log_likelihoods != pytest.approx(expected.token_log_likelihoods, abs=1e-3)
+
+
+def test_the_same_images_cut_otherwise_are_another_prompt(engine, config):
+    """Though all positions hold the same tokens."""
+    wide = encoded(size=(90, 40), seed=5)
+    prompts = [(WholeImage(wide), Image(wide)), (Image(wide), WholeImage(wide))]
+    asked = [ScoringRequest(prompt=prompt, continuation="red circle") for prompt in prompts]
+    config = tiled(config, **TILINGS[0])
+    together, alone = engine(config=config).score(asked), [engine(config=config).score([one])[0] for one in asked]
+    for score, expected in zip(together, alone, strict=True):
+        assert score.token_log_likelihoods == pytest.approx(expected.token_log_likelihoods, abs=1e-5)
+    assert alone[0].token_log_likelihoods != pytest.approx(alone[1].token_log_likelihoods, abs=1e-4)
+
+
+def test_a_cut_image_is_forgotten_with_all_its_tiles(engine, config):
+    config = tiled(config, **TILINGS[0])
+    asked = [GenerationRequest(prompt=(image, Text("a")), max_new_tokens=2) for image in (A, B, A, B)]
+    for capacity, encoded_images in ((5, 4), (9, 4), (10, 2)):  # in tiles
+        short = engine(config=config, batch_size=1, image_cache_bytes=capacity * 4 * 48 * 4)
+        assert short.generate(asked) == engine(config=config).generate(asked)
+        assert short.features.num_encoded == encoded_images
+
+
+def test_a_prompt_that_is_too_long_says_how_its_images_are_cut(engine, config):
+    config = tiled(config, **TILINGS[1])
+    wide = Image(encoded(size=(90, 40), seed=5))
+    [answer] = engine(config=config).generate([GenerationRequest(prompt=(wide,) * 2, max_new_tokens=150)])
+    assert "(2 images, cut into 14 tiles of 4 each)" in answer.message
 
 
 @pytest.mark.parametrize("options", [dict(batch_size=3), dict(batch_size=64), dict(batch_size=5, max_positions=40)])
@@ -244,7 +335,6 @@ def test_modules_are_in_the_mode_they_were_in(engine, model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: replace(config, data=replace(config.data, image_tiling="dynamic")), "image_tiling dynamic"),
         (
             lambda config: replace(config, fp8=Fp8Config(tower_recipe="fp8_delayed")),
             "the tower: multiplied by fp8_delayed",

@@ -144,6 +144,22 @@ def test_layouts_equal_one_process(pool, model, name, sizes):
         assert_scores(scores, expected_scores)
 
 
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2"])
+def test_tiled_images_in_a_layout(pool, model, layout):
+    """Of one process `tests/integration/test_engine.py` shows that it sees them as training does."""
+    name, sizes = LAYOUTS[layout]
+    config, checkpoint, _ = model(name)
+    config = with_data(config, seq_length=512, image_tiling="overview_and_crops", tile_indicators=True)
+    arguments = (checkpoint, PROMPTS, CONTINUATIONS)
+    [(expected, expected_scores)] = pool(1).run(
+        generation.run_engine, config, *arguments, max_new_tokens=NEW_TOKENS, batch_size=1
+    )
+    config = jobs.with_parallel(config, **sizes)
+    for ids, scores in pool(2).run(generation.run_engine, config, *arguments, max_new_tokens=NEW_TOKENS, batch_size=5):
+        assert ids == expected
+        assert_scores(scores, [(one.log_likelihood, one.num_tokens) for one in expected_scores])
+
+
 @pytest.mark.parametrize("layout", ["TP2", "TP2 x PP2", "EP2"])
 def test_the_same_seeds_give_the_same_texts_in_a_layout(pool, model, layout):
     name, sizes = LAYOUTS[layout]

@@ -21,6 +21,7 @@ from megatron_mm1.config import MM1Config, OptimizerConfig
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.data.assemble import Assembler, Row
 from megatron_mm1.data.batch import ImageGroup, PackedBatch
+from megatron_mm1.data.image_tokens import ImageTokens
 from megatron_mm1.data.images.preprocessing import EncodedImage
 from megatron_mm1.data.source import Piece
 from megatron_mm1.parity.jobs import itself, main_grad
@@ -135,8 +136,7 @@ def packed_batches(config: MM1Config) -> list[PackedBatch]:
     """The microbatches, as the loader assembles them."""
     assemble = Assembler(
         seq_length=SEQ_LENGTH,
-        tokens_per_image=PER_IMAGE,
-        image_id=IMAGE_ID,
+        image_tokens=ImageTokens(IMAGE_ID, PER_IMAGE),
         pad_id=0,
         image_size=IMAGE_SIZE,
         processor=ReadsPixels(),

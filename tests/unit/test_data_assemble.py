@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_mm1.data.assemble import Assembler, Row
 from megatron_mm1.data.batch import IGNORE, PackedBatch
+from megatron_mm1.data.image_tokens import ImageTokens
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.images.augmentation import RandomResizedCrop
 from megatron_mm1.data.source import Piece
@@ -34,8 +35,7 @@ def piece(
 def assembler(*, text_only: bool = False, processor: ImageProcessor | None = None) -> Assembler:
     return Assembler(
         seq_length=SEQ,
-        tokens_per_image=PER_IMAGE,
-        image_id=IMAGE,
+        image_tokens=ImageTokens(IMAGE, PER_IMAGE),
         pad_id=PAD,
         image_size=8,
         text_only=text_only,
@@ -161,7 +161,7 @@ def test_undecodable_image_is_grey_and_said_so(caplog: pytest.LogCaptureFixture)
 def tiled(kind: str, processor: bool = True) -> Assembler:
     tiling = Tiling(kind, side=8, max_tiles=6)  # type: ignore[arg-type]
     made = ImageProcessor(8, (0, 0, 0), (1, 1, 1), tiling=tiling) if processor else None
-    return replace(assembler(processor=made), tiling=tiling)
+    return replace(assembler(processor=made), image_tokens=ImageTokens(IMAGE, PER_IMAGE, tiling))
 
 
 @pytest.mark.parametrize(

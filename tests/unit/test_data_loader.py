@@ -22,8 +22,9 @@ from megatron_mm1.config import MM1Config
 from megatron_mm1.data import loader
 from megatron_mm1.data.balance import Dealer
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
+from megatron_mm1.data.inspect.mixture import cost
 from megatron_mm1.data.loader import train_batches, validation_batches
-from megatron_mm1.data.plan import Sources, TrainingData, packed_alone, training_data
+from megatron_mm1.data.plan import Sources, TrainingData, packed_alone, packing_limits, training_data
 from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.data.workers import WorkerPool, from_thread, from_workers
@@ -74,10 +75,13 @@ def all_same(first: list[PackedBatch], second: list[PackedBatch]) -> bool:
     return len(first) == len(second) and all(itertools.starmap(same, zip(first, second, strict=True)))
 
 
-@pytest.mark.parametrize("dp_size", [1, 2, 4])
-def test_global_batches_do_not_depend_on_the_data_parallel_size(folder: Path, dp_size: int) -> None:
+TILED = {"image_tiling": "dynamic", "max_image_tiles": 2, "tile_indicators": True, "seq_length": 96}
+
+
+@pytest.mark.parametrize(("dp_size", "data"), [(1, {}), (2, {}), (4, {}), (2, TILED), (4, TILED)])
+def test_global_batches_do_not_depend_on_the_data_parallel_size(folder: Path, dp_size: int, data: dict) -> None:
     """Four microbatches each, which the ranks share out among themselves."""
-    config = small_config(folder)
+    config = small_config(folder, **data)
     in_order, each = stream(config, 12), 4 // dp_size
     ranks = [stream(config, 3 * each, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
     for number in range(3):
@@ -233,21 +237,29 @@ def test_images_for_the_gpu_travel_encoded(folder: Path, monkeypatch: pytest.Mon
         assert torch.equal(theirs.slots, ours.slots)
 
 
-@pytest.mark.parametrize("kind", ["overview_and_crops", "dynamic"])
-def test_tiled_images_take_the_places_that_were_planned(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "indicators"), [("overview_and_crops", False), ("dynamic", False), ("dynamic", True)])
+def test_tiled_images_take_the_places_that_were_planned(folder: Path, kind: str, indicators: bool) -> None:
     """Also of documents that were cut: how many images the whole one has decides whether they are tiled."""
-    config = small_config(folder, image_tiling=kind, max_image_tiles=2, seq_length=96)
+    config = small_config(folder, image_tiling=kind, max_image_tiles=2, seq_length=96, tile_indicators=indicators)
     data = opened(config)
     tiling = Tiling.of(config)
+    limits = packing_limits(config, open_tokenizer(config.data.tokenizer))
     seen = set()
     for index, batch in enumerate(stream(config, 40)):
         for row in range(2):
             (own,) = [group.slots[:, 0] // 96 == row for group in batch.images] or [torch.zeros(0)]
             assert int(own.sum()) == data.plan.num_images(2 * index + row) <= config.data.max_images_per_sequence
-            for piece in data.plan.sequence(2 * index + row):
+            pieces = data.plan.sequence(2 * index + row)
+            planned = sum(cost(data.sources, limits, piece, text_only=False)[0] for piece in pieces)
+            assert int((batch.segment_ids[row] > 0).sum()) == planned
+            numbers = []  # of the image in its document, for each tile
+            for piece in pieces:
                 positions, sizes = data.sources[piece.source].images_of(np.array([piece.document]))
                 inside = (positions >= piece.start) & (positions < piece.stop)
-                seen.add(int(tiling.tiles_of(sizes, len(sizes))[inside].sum()))
+                tiles = tiling.tiles_of(sizes, len(sizes))[inside]
+                numbers += np.repeat(np.flatnonzero(inside), tiles).tolist()
+                seen.add(int(tiles.sum()))
+            assert [k for group in batch.images for k in group.tile_index[own, 0].tolist()] == numbers
     assert len(seen) >= 2
 
 
@@ -269,10 +281,12 @@ def test_workers_give_what_the_thread_gives(folder: Path) -> None:
     assert all_same(stream(small_config(folder), 6), stream(small_config(folder, num_workers=2), 6))
 
 
-def test_rank_without_pixels_has_everything_else(folder: Path) -> None:
-    config = small_config(folder)
+@pytest.mark.parametrize("data", [{}, TILED])
+def test_rank_without_pixels_has_everything_else(folder: Path, data: dict) -> None:
+    config = small_config(folder, **data)
     for with_pixels, without in zip(stream(config, 4), stream(config, 4, with_pixels=False), strict=True):
         assert torch.equal(with_pixels.labels, without.labels)
+        assert torch.equal(with_pixels.tokens, without.tokens)
         assert [group.slots.tolist() for group in with_pixels.images] == [
             group.slots.tolist() for group in without.images
         ]

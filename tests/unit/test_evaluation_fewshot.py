@@ -195,11 +195,6 @@ def test_negative_numbers(field):
         FewShot(high_resolution=96, **{field: -1})
 
 
-def test_high_resolution_needs_a_size():
-    with pytest.raises(UserError, match="no high resolution: say how many px"):
-        FewShot(shots=4, high_resolution_shots=3)
-
-
 @pytest.mark.parametrize(
     ("text", "answer"),
     [("So the answer is: B.", "B"), ("The answer is 3, no, the answer is 3.5.", "3.5"), ("just 7", "just 7"), ("", "")],

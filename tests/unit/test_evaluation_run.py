@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from megatron_mm1.config.presets import preset
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation import asking
@@ -21,10 +22,11 @@ from megatron_mm1.evaluation.metrics.strings import exact_match
 from megatron_mm1.evaluation.plan import Series, plan
 from megatron_mm1.evaluation.report import write_report
 from megatron_mm1.evaluation.results import ALL, differences, figures
-from megatron_mm1.evaluation.runner import _folders, run
+from megatron_mm1.evaluation.runner import _check_resolution, _digest, _folders, run
 from megatron_mm1.evaluation.tables import refusals, verdicts
 from megatron_mm1.evaluation.template import Stopping
-from megatron_mm1.inference.requests import Failure, Generation, Score
+from megatron_mm1.inference.loading import with_grids
+from megatron_mm1.inference.requests import Failure, Generation, Score, WholeImage
 from tests.new_words import NewWords
 
 
@@ -153,6 +155,41 @@ def test_only_the_last_demonstrations_are_shown_large(task):
     settings = FewShot(high_resolution=96, high_resolution_shots=1)
     results_of(task, series=Series((0, 3), settings=settings), responder=Looker(), limit=5)
     assert sizes == {(96,): 5, (None, None, 96, 96): 5}
+
+
+def test_a_model_can_be_asked_with_more_tiles_than_it_was_trained_with():
+    config = preset("mm1-tiny")
+    config = replace(config, data=replace(config.data, image_tiling="dynamic", min_image_tiles=4, max_image_tiles=9))
+    asked = with_grids(config, max_image_tiles=16).data
+    assert (asked.min_image_tiles, asked.max_image_tiles, asked.max_images_per_sequence) == (4, 16, 17)
+    assert with_grids(config, max_image_tiles=2).data.min_image_tiles == 2
+    digests = {
+        _digest({"digest": "d", "tokenizer": "t", "code_version": "1"}, {"tp": 1}, max_image_tiles=tiles)
+        for tiles in (None, 9, 16)
+    }
+    assert len(digests) == 3  # what was asked with other tiles is asked anew
+    with pytest.raises(UserError, match="only dynamic grids have more or fewer tiles"):
+        with_grids(preset("mm1-tiny"), max_image_tiles=16)
+
+
+def test_only_the_last_demonstrations_are_cut_into_tiles(task):
+    seen = Counter()
+
+    class Looker(Copycat):
+        def generate(self, requests):
+            for one in requests:
+                seen.update([tuple(type(part) for part in one.prompt if isinstance(part, Image))])
+            return super().generate(requests)
+
+    settings = FewShot(high_resolution_shots=1)
+    results_of(task, series=Series((0, 3), settings=settings), responder=Looker(), limit=5)
+    assert seen == {(Image,): 5, (WholeImage, WholeImage, Image, Image): 5}
+    whole = preset("mm1-tiny")
+    tiled = replace(whole, data=replace(whole.data, image_tiling="overview_and_crops"))
+    _check_resolution(settings, tiled)
+    _check_resolution(replace(settings, high_resolution=96), whole)
+    with pytest.raises(UserError, match="cuts no images into tiles, so say how many px"):
+        _check_resolution(settings, whole)
 
 
 @pytest.mark.parametrize("change", ["model", "limit", "seed", "resolution", "stopping"])

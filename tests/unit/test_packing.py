@@ -12,7 +12,7 @@ from megatron_mm1.errors import UserError
 
 
 def split(
-    num_tokens: int, images: list[int], *, tiles: list[int] | None = None, **limits: int
+    num_tokens: int, images: list[int], *, tokens_per_image: int, tiles: list[int] | None = None, **limits: int
 ) -> list[tuple[int, int]]:
     """The stretches of one document."""
     pieces, lengths, num_tiles = split_documents(
@@ -20,14 +20,14 @@ def split(
         np.array([0, len(images)]),
         np.array(images, np.int64),
         np.array(tiles or [1] * len(images), np.int64),
+        np.array(tiles or [1] * len(images), np.int64) * tokens_per_image,
         **limits,
     )
-    per_image = limits["tokens_per_image"]
     for (document, start, stop), length, total in zip(pieces.tolist(), lengths, num_tiles, strict=True):
         inside = [place for place, position in enumerate(images) if start <= position < stop]
         assert document == 0
         assert total == sum(tiles[place] if tiles else 1 for place in inside)
-        assert length == stop - start - len(inside) + total * per_image
+        assert length == stop - start - len(inside) + total * tokens_per_image
     return [(start, stop) for _, start, stop in pieces.tolist()]
 
 
@@ -106,7 +106,8 @@ def test_many_documents_are_split_like_each_alone(
         np.cumsum([0, *counts]),
         np.array([place for _, images in documents for place in images], np.int64),
         np.ones(sum(counts), np.int64),
-        **limits,
+        np.full(sum(counts), limits["tokens_per_image"]),
+        **{name: limits[name] for name in ("seq_length", "max_images")},
     )
     alone = [
         [number, start, stop]

@@ -172,10 +172,12 @@ def test_figures_are_those_of_the_sequences() -> None:
 
 
 def test_tiles_count_as_images(pool_size: int) -> None:
-    def three_if_large(sizes: np.ndarray, num_images: np.ndarray) -> np.ndarray:
-        return np.where((sizes[:, 0] > 4) & (num_images < 3), 3, 1)
+    def three_if_large(sizes: np.ndarray, num_images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where there are three, a text of two tokens stands in front of each."""
+        tiles = np.where((sizes[:, 0] > 4) & (np.repeat(num_images, num_images) < 3), 3, 1)
+        return tiles, np.where(tiles == 3, 3 * (5 + 2), 5)
 
-    limits = PackingLimits(seq_length=32, max_images=4, tokens_per_image=5, lookahead=8, tiles=three_if_large)
+    limits = PackingLimits(seq_length=32, max_images=4, tokens_per_image=5, lookahead=8, image_costs=three_if_large)
     source = random_source(600)
     packed = stream(source, limits=limits)
     sequences = epoch(packed)
@@ -184,10 +186,10 @@ def test_tiles_count_as_images(pool_size: int) -> None:
         tiles = length = 0
         for piece in sequence:
             positions, sizes = source.images_of(np.array([piece.document]))
-            each = three_if_large(sizes, np.full(len(positions), len(positions)))
+            each, taken = three_if_large(sizes, np.array([len(positions)]))
             inside = (positions >= piece.start) & (positions < piece.stop)
             tiles += int(each[inside].sum())
-            length += piece.stop - piece.start + int((each[inside] * limits.tokens_per_image - 1).sum())
+            length += piece.stop - piece.start + int((taken[inside] - 1).sum())
         assert tiles == packed.num_images(place) <= limits.max_images
         assert length <= limits.seq_length
 

@@ -91,11 +91,11 @@ def tiles(image: Tensor, *, grid: tuple[int, int], tiling: Tiling, mode: Resize,
         padding: [3, 1, 1], the colour around an image that does not fill its grid.
     """
     side = tiling.side
-    if tiling.kind == "none":
-        return square(image, side=side, mode=mode)[None]
-    if tiling.kind == "overview_and_crops":
-        whole, overview = square(image, side=2 * side, mode=mode), square(image, side=side, mode=mode)
-        return torch.cat([overview[None], _cells(whole, side=side)])
+    if tiling.kind != "dynamic":
+        overview = square(image, side=side, mode=mode)
+        if grid == (1, 1):
+            return overview[None]
+        return torch.cat([overview[None], _cells(square(image, side=2 * side, mode=mode), side=side)])
     overview = padded(image, grid=(1, 1), side=side, padding=padding)
     if grid == (1, 1):
         return overview[None]

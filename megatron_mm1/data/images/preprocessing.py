@@ -105,19 +105,28 @@ class ImageProcessor:
 
     def fill(self, group: ImageGroup, images: Sequence[EncodedImage]) -> ImageGroup:
         """`group` with the pixels of its images, to be normalised where they are used: bytes travel, not floats."""
-        decoded = decode([image.data for image in images])
-        pixels = torch.full((len(group.slots), 3, self.image_size, self.image_size), GREY, dtype=torch.uint8)
-        start = 0
-        for image, rgb in zip(images, decoded, strict=True):
-            stop = start + self.num_tiles(image)
-            if rgb is not None:
-                pixels[start:stop] = self.view(_channels_first(rgb), image)
-            elif image.data is not None:
+        pixels, decoded = self.tiles(images)
+        for image, is_decoded in zip(images, decoded, strict=True):
+            if not is_decoded and image.data is not None:
                 _log.warning(
                     "an image of %d bytes cannot be decoded: the model sees grey in its place", len(image.data)
                 )
-            start = stop
         return replace(group, pixels=pixels, normalization=self.normalization)
+
+    def tiles(self, images: Sequence[EncodedImage]) -> tuple[Tensor, list[bool]]:
+        """Decode, cut and resize.
+
+        Returns:
+            [N, 3, image_size, image_size] uint8, the tiles of all images one behind the other, and whether each image
+            could be decoded; the tiles of one that could not are grey.
+        """
+        decoded = decode([image.data for image in images])
+        counts = [self.num_tiles(image) for image in images]
+        pixels = torch.full((sum(counts), 3, self.image_size, self.image_size), GREY, dtype=torch.uint8)
+        for target, image, rgb in zip(pixels.split(counts) if counts else (), images, decoded, strict=True):
+            if rgb is not None:
+                target.copy_(self.view(_channels_first(rgb), image))
+        return pixels, [rgb is not None for rgb in decoded]
 
     def view(self, rgb: Tensor, image: EncodedImage) -> Tensor:
         """The tiles of a decoded image: [3, H, W] uint8, or float32 in 0..255 -> [tiles, 3, image_size, image_size]."""

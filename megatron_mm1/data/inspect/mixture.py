@@ -32,7 +32,7 @@ class Realised:
 
 def realised_mixture(config: MM1Config, data: TrainingData, indices: Sequence[int]) -> list[Realised]:
     """By source, over the run's sequences `indices`."""
-    limits = packing_limits(config)
+    limits = packing_limits(config, data.sources.tokenizer)
     realised = [Realised() for _ in range(len(data.sources))]
     for index in indices:
         pieces = data.plan.sequence(index)
@@ -54,9 +54,11 @@ def cost(sources: Sources, limits: PackingLimits, piece: PieceOf, *, text_only: 
     """Positions and images (tiles) that a piece takes in its sequence; with `text_only`, no image takes any."""
     positions, sizes = sources[piece.source].images_of(np.array([piece.document]))
     inside = (positions >= piece.start) & (positions < piece.stop)
-    each = limits.tiles_of_images(sizes, np.full(len(sizes), len(sizes)))
-    tiles = 0 if text_only else int(each[inside].sum())
-    return piece.stop - piece.start - int(inside.sum()) + tiles * limits.tokens_per_image, tiles
+    text = piece.stop - piece.start - int(inside.sum())
+    if text_only:
+        return text, 0
+    tiles, taken = limits.of_images(sizes, np.array([len(sizes)]))
+    return text + int(taken[inside].sum()), int(tiles[inside].sum())
 
 
 def mixture_table(config: MM1Config, data: TrainingData, *, num_sequences: int) -> list[str]:

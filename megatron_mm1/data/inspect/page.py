@@ -70,7 +70,7 @@ def random_indices(config: MM1Config, *, count: int, seed: int) -> list[int]:
 def _sequence(
     config: MM1Config, data: TrainingData, tokenizer: Tokenizer, processor: ImageProcessor, index: int
 ) -> str:
-    limits = packing_limits(config)
+    limits = packing_limits(config, tokenizer)
     wanted = data.plan.sequence(index)
     text_only = config.data.text_only
     costs = [cost(data.sources, limits, piece, text_only=text_only) for piece in wanted]
