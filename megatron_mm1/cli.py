@@ -15,6 +15,7 @@ from megatron_mm1.data.commands import add_data_commands, data_inspect
 from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.evaluation_commands import add_evaluation_commands
 from megatron_mm1.inference_commands import add_inference_commands
+from megatron_mm1.migration.commands import add_from_megatron
 from megatron_mm1.planning.commands import add_plan_commands, plan_fp8
 
 USER_ERROR = 2
@@ -146,6 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True, metavar="COMMAND"
     )
     add_command(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
+    add_from_megatron(config)
     _add_doctor(commands)
     add_command(commands, "version", print_version, "print the versions that matter")
     return parser
