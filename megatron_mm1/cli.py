@@ -16,7 +16,7 @@ from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.evaluation_commands import add_evaluation_commands
 from megatron_mm1.inference_commands import add_inference_commands
 from megatron_mm1.migration.commands import add_from_megatron
-from megatron_mm1.planning.commands import add_plan_commands, plan_fp8
+from megatron_mm1.planning.commands import add_plan_commands, plan_fp8, plan_memory
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -54,6 +54,8 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[:1] == ["convert"]:
         return convert(argv[1:])
+    if argv[:2] == ["plan", "memory"]:
+        return plan_memory(argv[2:])
     if argv[:2] == ["plan", "fp8"]:
         return plan_fp8(argv[2:])
     args = build_parser().parse_args(argv)
