@@ -108,6 +108,12 @@ def doctor(args: argparse.Namespace) -> int:
     return doctor_main(args)
 
 
+def report(args: argparse.Namespace) -> None:
+    from megatron_mm1.report.page import report_main
+
+    report_main(args)
+
+
 def print_version(args: argparse.Namespace) -> None:
     print("megatron_mm1", megatron_mm1.__version__)
     for package in ("megatron-core", "torch"):
@@ -151,6 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_command(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
     add_from_megatron(config)
     _add_doctor(commands)
+    reporting = add_command(commands, "report", report, "write a run's logs and evaluations as one HTML page")
+    reporting.add_argument("run", type=Path, metavar="RUN", help="its folder (run_dir)")
+    reporting.add_argument("--output", type=Path, metavar="FILE", help="(report.html in the folder)")
     add_command(commands, "version", print_version, "print the versions that matter")
     return parser
 
