@@ -38,7 +38,12 @@ class RunLog:
         return {step: value for step, value in values if isinstance(value, int | float)}
 
     def last(self, kind: str, name: str) -> float | None:
-        return next(reversed(self.line(kind, name).values()), None)
+        return last_of(self.line(kind, name))
+
+
+def last_of(line: Line) -> float | None:
+    """The figure at the latest step; None where there is none."""
+    return line[max(line)] if line else None
 
 
 def read_log(run: Path) -> RunLog:

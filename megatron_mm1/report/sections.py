@@ -8,7 +8,7 @@ from statistics import fmean
 from megatron_mm1.pages.pictures import plot
 from megatron_mm1.pages.style import table
 from megatron_mm1.report.charts import chart
-from megatron_mm1.report.log import Line, RunLog
+from megatron_mm1.report.log import Line, RunLog, last_of
 
 EXCHANGED = ", images exchanged"
 _BLOCK = re.compile(r"moe block (\d+) (\w+) (load|drop rate|entropy)")
@@ -40,14 +40,14 @@ def validation(log: RunLog) -> str:
     if not own:
         return _nothing("No validation was logged.")
     exchanged = {name: log.line("validation", name + EXCHANGED) for name in own}
-    rows = [("source", "loss", "images exchanged", "worth of the right image")]
+    rows = [("source", "loss", "exchanged", "gain")]
     for name, line in own.items():
-        last, other = _last(line), _last(exchanged[name])
+        last, other = last_of(line), last_of(exchanged[name])
         gain = "" if last is None or other is None else f"{other - last:.4f}"
         rows.append((name, _shown(last), _shown(other), gain))
     note = (
         "Dashed: the same examples with each image replaced by another. Where the two are equal, the model does not "
-        "look at its images. Below, the last validation, nats per token."
+        "look at its images. Below, the last validation, nats per token; the gain is what the right image is worth."
     )
     picture = plot(chart(own, unit="nats per token", dashed=exchanged), alt="held-out loss by source")
     return f'{picture}<p class="note">{note}</p>{table(rows)}'
@@ -133,10 +133,6 @@ def _over_blocks(log: RunLog, modality: str, measure: str) -> Line:
     lines = [log.line("train", name) for name in names]
     steps = sorted({step for line in lines for step in line})
     return {step: fmean(line[step] for line in lines if step in line) for step in steps}
-
-
-def _last(line: Line) -> float | None:
-    return next(reversed(line.values()), None)
 
 
 def _shown(value: float | None) -> str:
