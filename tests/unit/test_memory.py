@@ -116,8 +116,10 @@ def test_recomputation_keeps_less() -> None:
     (selective,) = plan_memory(of_mlp, world_size=1)
     saved = 32 * 3 * config.model.decoder.ffn_hidden_size * config.data.seq_length * 2
     assert all_kept.activations - selective.activations == saved
-    some = trained(by_block, recompute_method="block", recompute_num_layers=64)
-    assert plan_memory(some, world_size=1)[0].activations < 64 * hidden + one_block
+    half = trained(by_block, recompute_method="block", recompute_num_layers=32)
+    feed_forward = 2 * hidden + saved // 32
+    largest = max(feed_forward, one_block - feed_forward)
+    assert plan_memory(half, world_size=1)[0].activations == 32 * hidden + 16 * one_block + largest
 
 
 def test_what_is_frozen_has_no_gradients() -> None:
