@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import torch
 import torch.distributed._tools.fake_collectives  # collectives of meta tensors do nothing
-from gpu_memory import GIB
 from gpu_peer import PeerModel
 from gpu_peer_attention import varlen
 from gpu_results import table
@@ -28,6 +27,7 @@ from megatron_mm1.model.mm1 import MM1Model
 from megatron_mm1.model.router import ExpertsLayer
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups, initialize_process_group
 from megatron_mm1.planning.flops import decoder_flops, vision_flops
+from megatron_mm1.planning.memory import GIB
 from megatron_mm1.planning.parameters import count_parameters
 
 META = torch.device("meta")

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from gpu_kernels import profile_step
-from gpu_memory import GIB
 from gpu_results import write_json
 from gpu_slices import VARIANTS, Variant, cut
 from gpu_subjects import build_subject
 from gpu_timing import gemm_rates, milliseconds
 
 from megatron_mm1.errors import UserError
+from megatron_mm1.planning.memory import GIB
 
 PEAK_TFLOPS = 989.4
 """Published dense BF16 peak of an H100 SXM, TFLOP/s: MFU is a share of it, also in FP8."""

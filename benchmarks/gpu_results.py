@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 from goals import Goal
-from gpu_memory import GIB
 from gpu_slices import VARIANTS, Slice, Variant, example_lengths
+
+from megatron_mm1.planning.memory import GIB
 
 Record = Mapping[str, Any]
 """Of one variant of one slice, as `gpu_measure` writes it; `status` is measured, failed or not run."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
-from gpu_memory import GIB, MemoryEstimate, estimate
 
 from megatron_mm1.config import MM1Config, ParallelConfig
 from megatron_mm1.config.presets import preset
@@ -18,6 +17,7 @@ from megatron_mm1.config.schema import Fp8Config, Fp8Recipe
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.errors import UserError
 from megatron_mm1.planning.flops import decoder_flops, step_flops, tower_flops
+from megatron_mm1.planning.memory import GIB, RankMemory, plan_memory
 
 MEMORY_LIMIT = 72 * GIB
 EXPERT_PARALLEL_SIZE = 8
@@ -72,8 +72,9 @@ class Slice:
         """Of one step."""
         return self.config.training.global_batch_size * self.config.data.seq_length
 
-    def memory(self, variant: Variant) -> MemoryEstimate:
-        memory = estimate(variant.configure(self.config))
+    def memory(self, variant: Variant) -> RankMemory:
+        """Planned for one process."""
+        (memory,) = plan_memory(variant.configure(self.config), world_size=1)
         if variant.is_peer:  # gradients and moments are bf16, and there are no master weights
             memory = replace(memory, gradients=memory.weights, optimizer=2 * memory.weights)
         return memory

@@ -15,7 +15,8 @@ from megatron_mm1.data.commands import add_data_commands, data_inspect
 from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.evaluation_commands import add_evaluation_commands
 from megatron_mm1.inference_commands import add_inference_commands
-from megatron_mm1.planning.commands import add_plan_commands, plan_fp8
+from megatron_mm1.migration.commands import add_from_megatron
+from megatron_mm1.planning.commands import add_plan_commands, plan_fp8, plan_memory
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -53,6 +54,8 @@ def _run(argv: list[str]) -> int:
         return 0
     if argv[:1] == ["convert"]:
         return convert(argv[1:])
+    if argv[:2] == ["plan", "memory"]:
+        return plan_memory(argv[2:])
     if argv[:2] == ["plan", "fp8"]:
         return plan_fp8(argv[2:])
     args = build_parser().parse_args(argv)
@@ -105,6 +108,12 @@ def doctor(args: argparse.Namespace) -> int:
     return doctor_main(args)
 
 
+def report(args: argparse.Namespace) -> None:
+    from megatron_mm1.report.page import report_main
+
+    report_main(args)
+
+
 def print_version(args: argparse.Namespace) -> None:
     print("megatron_mm1", megatron_mm1.__version__)
     for package in ("megatron-core", "torch"):
@@ -146,7 +155,11 @@ def build_parser() -> argparse.ArgumentParser:
         required=True, metavar="COMMAND"
     )
     add_command(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
+    add_from_megatron(config)
     _add_doctor(commands)
+    reporting = add_command(commands, "report", report, "write a run's logs and evaluations as one HTML page")
+    reporting.add_argument("run", type=Path, metavar="RUN", help="its folder (run_dir)")
+    reporting.add_argument("--output", type=Path, metavar="FILE", help="(report.html in the folder)")
     add_command(commands, "version", print_version, "print the versions that matter")
     return parser
 

@@ -309,6 +309,8 @@ class TrainingConfig:
     """Attention and feed-forward count as a layer each: 2 are a block."""
     vision_recompute: bool = False
     """Recompute each block of the tower."""
+    device_memory_gib: float | None = None
+    """What a device has for a rank; a run that is planned to take more is refused (mm1 plan memory). None: none is."""
     seed: int = 1234
     """Seed of the initial weights."""
 

@@ -218,6 +218,12 @@ def _freeze(config: MM1Config, world_size: int) -> Iterator[str]:
         )
 
 
+def _device_memory(config: MM1Config, world_size: int) -> Iterator[str]:
+    memory = config.training.device_memory_gib
+    if memory is not None and not 0 < memory < math.inf:
+        yield f"training.device_memory_gib {memory} is no size: use more than 0, or null"
+
+
 def _batch_size_ramp(config: MM1Config, world_size: int) -> Iterator[str]:
     ramp = config.training.batch_size_ramp
     ends = [stage.until for stage in ramp]
@@ -422,6 +428,7 @@ RULES = (
     Rule(("parallel.pipeline", "parallel.virtual", "model.decoder.num_layers"), layout_rules.pipeline),
     Rule((), _freeze),
     Rule((), _batch_size_ramp),
+    Rule((), _device_memory),
     Rule(("data.seq_length", "data.max_images", "model.connector.tokens"), _sequence),
     Rule(("data.min_image", "data.max_image"), _images),
     Rule((), _sources),

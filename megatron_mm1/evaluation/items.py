@@ -1,5 +1,6 @@
 """What a task asks: items made of text and of images that stay in their files until they are shown to a model."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,12 @@ class ImageFile:
 
     def __str__(self) -> str:
         return str(self.path) if self.row is None else f"{self.path}, row {self.row}, column {self.column}"
+
+    @classmethod
+    def parse(cls, text: str) -> "ImageFile":
+        """The inverse of `str`, which evaluations write down."""
+        place = re.fullmatch(r"(.+), row (\d+), column (.*)", text, re.DOTALL)
+        return cls(Path(text)) if place is None else cls(Path(place[1]), int(place[2]), place[3])
 
     def read(self) -> Image:
         """The image's bytes, of which the header has been looked at.

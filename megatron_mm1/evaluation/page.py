@@ -1,21 +1,16 @@
 """The report of an evaluation as one HTML file, which needs nothing else to be shown."""
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from functools import cache
 from string import Template
 from typing import Any
-
-import PIL.Image
 
 from megatron_mm1.evaluation.items import ImageFile, Prompt
 from megatron_mm1.evaluation.plot import shots_plot
 from megatron_mm1.evaluation.published import SOURCE
 from megatron_mm1.evaluation.results import MeasuredItem, Result, by_task
 from megatron_mm1.evaluation.tables import (
-    Table,
     counts_table,
     figures_table,
     headlines_table,
@@ -23,9 +18,9 @@ from megatron_mm1.evaluation.tables import (
     refusals,
     verdicts,
 )
+from megatron_mm1.pages.pictures import plot, thumbnail
+from megatron_mm1.pages.style import STYLE, table
 
-_SHOWN_SIDE = 128
-"""px; pictures on the page are no larger."""
 _FAILURES, _SUCCESSES = 8, 4
 """Samples of a task: so many with the lowest scores, then so many with the highest."""
 _SHOWN_REFUSALS = 50
@@ -34,23 +29,7 @@ _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-:root { color-scheme: light dark; --line: #8886; --right: #2da44e; --wrong: #d1572a; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.4rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-.note { opacity: .75; font-size: .85rem; margin: .3rem 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-.plot { width: 34rem; max-width: 100%; border-radius: .3rem; }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .8rem; }
-article { border: 1px solid var(--line); border-left-width: .3rem; border-radius: .3rem; padding: .5rem .7rem; }
-article.right { border-left-color: var(--right); } article.wrong { border-left-color: var(--wrong); }
-.prompt { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
-.prompt img { height: 2.6rem; max-width: 6rem; vertical-align: middle; margin: .1rem .3rem .1rem 0; }
-.query img { height: 6rem; max-width: 12rem; } .query { border-top: 1px dashed var(--line); padding-top: .3rem; }
-ul { margin: .4rem 0; padding-left: 1.1rem; font-size: .85rem; } li { overflow-wrap: anywhere; }
-details { margin: 2rem 0; } summary { cursor: pointer; font-weight: bold; }
-li.right b { color: var(--right); } li.wrong b { color: var(--wrong); }
+$style
 </style></head><body>
 <h1>$title</h1>
 <p class="note">$description</p>
@@ -75,18 +54,19 @@ def page(description: Mapping[str, Any], results: Sequence[Result], *, name: str
         with_images: the model sees images.
     """
     picture = cache(_picture) if with_images else _no_picture
-    tables = [_table(headlines_table(results))]
+    tables = [table(headlines_table(results))]
     published = published_tables(results, name=name)
     if published:
         tables.append(f'<h2>Beside MM1</h2><p class="note">{html.escape(SOURCE)}</p>')
-        tables += [_table(table) for table in published]
+        tables += [table(one) for one in published]
     return _PAGE.substitute(
+        style=STYLE,
         title=html.escape(f"Evaluation of {name}"),
         description=html.escape(_told(description)),
         tables="\n".join(tables),
         tasks="\n".join(_task(task, of_task, picture) for task, of_task in by_task(results).items()),
-        figures=_table(figures_table(results)),
-        counts=_table(counts_table(results)),
+        figures=table(figures_table(results)),
+        counts=table(counts_table(results)),
         refusals=_refusals(results),
     )
 
@@ -96,19 +76,12 @@ def _told(description: Mapping[str, Any]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None)
 
 
-def _table(table: Table) -> str:
-    rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table[1:]]
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table[0])
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(f"<tr>{row}</tr>" for row in rows)}</table></div>'
-
-
 def _task(task: str, results: Sequence[Result], picture: Any) -> str:
     own = [one for one in results if not one.is_control]
     most = own[-1]
     parts = [f"<h2>{html.escape(task)}</h2>"]
     if most.values():
-        plot = base64.b64encode(shots_plot(results)).decode()
-        parts.append(f'<img class="plot" alt="score against shots" src="data:image/svg+xml;base64,{plot}">')
+        parts.append(plot(shots_plot(results), alt="score against shots"))
     parts += [f"<p>{html.escape(line)}</p>" for line in verdicts(results)]
     note = f"Items with {most.settings.shots} shots, those with the lowest {most.headline} first."
     samples = "".join(_sample(one, most, results, picture) for one in chosen_samples(most))
@@ -163,13 +136,7 @@ def _prompt(prompt: Prompt, picture: Any) -> str:
 
 
 def _picture(image: ImageFile) -> str:
-    with PIL.Image.open(io.BytesIO(image.read().data)) as opened:
-        small = opened.convert("RGB")
-    small.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
-    content = io.BytesIO()
-    small.save(content, "JPEG", quality=85)
-    source = base64.b64encode(content.getvalue()).decode()
-    return f'<img alt="" title="{html.escape(str(image))}" src="data:image/jpeg;base64,{source}">'
+    return thumbnail(image.read().data, title=str(image))
 
 
 def _no_picture(image: ImageFile) -> str:

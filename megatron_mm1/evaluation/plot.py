@@ -1,13 +1,11 @@
 """The score of a task against the number of demonstrations, as a picture."""
 
-import io
 from collections.abc import Sequence
 
-import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from megatron_mm1.evaluation.results import ALL, Result
+from megatron_mm1.pages.pictures import svg
 
 _OWN, _CONTROL = "#1f6feb", "#b35900"
 
@@ -33,8 +31,4 @@ def shots_plot(results: Sequence[Result]) -> bytes:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    content = io.BytesIO()
-    FigureCanvasSVG(figure)
-    with matplotlib.rc_context({"svg.hashsalt": "mm1", "svg.fonttype": "none"}):
-        figure.savefig(content, format="svg", metadata={"Date": None})
-    return content.getvalue()
+    return svg(figure)

@@ -16,7 +16,7 @@ from megatron_mm1.model.output_loss import cross_entropy_with_z_loss
 from megatron_mm1.model.precision import fp8_settings
 from megatron_mm1.model.specs import decoder_stack_spec
 from megatron_mm1.parallel.device import has_weight_gradient_kernel
-from megatron_mm1.parallel.stages import layer_pattern
+from megatron_mm1.planning.stages import layer_pattern
 
 
 def decoder_transformer_config(config: MM1Config, *, backend: str) -> TransformerConfig:

@@ -1,1 +1,1 @@
-"""What a configuration costs, from the configuration alone: parameters, FLOPs, the pipeline split. Imports no torch."""
+"""What a configuration costs, from the configuration alone: parameters, FLOPs, memory, pipeline. Imports no torch."""

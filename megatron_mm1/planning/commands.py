@@ -8,7 +8,47 @@ from megatron_mm1.arguments import FAILED, positive_int
 
 def add_plan_commands(plan: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """By name only: they take the configuration's keys too."""
+    plan.add_parser("memory", help="device memory that a step takes on each rank (mm1 plan memory --help)")
     plan.add_parser("fp8", help="every matrix product of a rank: shape, recipe, padding (mm1 plan fp8 --help)")
+
+
+def plan_memory(argv: Sequence[str]) -> int:
+    """Prints the table; the exit code is 1 where `training.device_memory_gib` does not hold a rank."""
+    args, config_arguments = build_plan_memory_parser().parse_known_args(argv)
+    from megatron_mm1.config.derived import smallest_world_size
+    from megatron_mm1.config.loading import load_config
+    from megatron_mm1.config.validation import validate
+    from megatron_mm1.planning.memory import memory_problem, plan_memory
+    from megatron_mm1.planning.report import memory_json, memory_table
+
+    config = load_config(config_arguments)
+    world_size = args.world_size or smallest_world_size(config.parallel)
+    validate(config, world_size=world_size)
+    plan = plan_memory(config, world_size=world_size)
+    problem = memory_problem(config, plan)
+    if args.json:
+        print(memory_json(plan, problem))
+    else:
+        print(memory_table(plan, world_size=world_size))
+        print("" if problem is None else f"\nwould be refused: {problem}\n", end="")
+    return FAILED if problem else 0
+
+
+def build_plan_memory_parser() -> argparse.ArgumentParser:
+    """The options of `plan memory` itself; all others are the configuration's keys, as for `train`."""
+    parser = argparse.ArgumentParser(
+        prog="mm1 plan memory",
+        description="Estimate the device memory that a training step takes on a rank at each place in the pipeline: "
+        "weights, gradients, optimizer, activations of the microbatches in flight, logits, workspace. The exit code is "
+        "1 where --training.device_memory_gib is given and one needs more. Further options are the configuration's, "
+        "as for mm1 train (--preset, --tensor-model-parallel-size, ..).",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--world-size", "--world_size", type=positive_int, metavar="N", help="processes (as few as the layout takes)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes, instead of a table in GiB")
+    return parser
 
 
 def plan_fp8(argv: Sequence[str]) -> int:

@@ -110,7 +110,7 @@ def sequence_shards(config: MM1Config) -> int:
     return config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
 
 
-def _images_per_rank(config: MM1Config, images: int) -> int:
+def images_per_rank(config: MM1Config, images: int) -> int:
     """Images that the rank with most of them encodes; one without any encodes a blank one (`VisionTower.forward`)."""
     parallel = config.parallel
     ranks = 1
@@ -128,7 +128,7 @@ def _tower(config: MM1Config, images: int) -> Iterator[Gemm]:
     vision, size = config.model.vision, vision_tensor_parallel_size(config)
     if vision.tower != "vit":
         return
-    images, recipe = _images_per_rank(config, images), fp8_recipes(config.fp8)["tower"]
+    images, recipe = images_per_rank(config, images), fp8_recipes(config.fp8)["tower"]
     width, patches = vision.hidden_size, num_patches(vision)
     yield Gemm(
         component="tower",
@@ -160,7 +160,7 @@ def _tower(config: MM1Config, images: int) -> Iterator[Gemm]:
 def _connector(config: MM1Config, images: int) -> Iterator[Gemm]:
     """Replicated over tensor-parallel ranks; its last linear layers can be in FP8."""
     connector, vision, hidden = config.model.connector, config.model.vision, config.model.decoder.hidden_size
-    images, recipe = _images_per_rank(config, images), fp8_recipes(config.fp8)["connector"]
+    images, recipe = images_per_rank(config, images), fp8_recipes(config.fp8)["connector"]
     width, inner, patches = vision.hidden_size, connector.hidden_size, images * num_patches(vision)
     tokens = images * connector.tokens_per_image
     linear = partial(

@@ -1,13 +1,14 @@
-"""Tables for the terminal: the presets' sizes beside the paper's, and what of a step is in FP8."""
+"""Tables for the terminal: the presets' sizes beside the paper's, what of a step is in FP8, and its memory."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from megatron_mm1.config.laws import PUBLISHED_SIZES
 from megatron_mm1.config.presets import PRESETS, preset
 from megatron_mm1.planning.fp8 import assess, fp8_share
 from megatron_mm1.planning.gemms import Gemm
+from megatron_mm1.planning.memory import GIB, RankMemory
 from megatron_mm1.planning.parameters import count_parameters
 
 
@@ -63,6 +64,24 @@ def gemm_json(gemms: Sequence[Gemm], problems: Sequence[str]) -> str:
         for verdict in [assess(gemm)]
     ]
     return json.dumps({"gemms": described, "fp8_share": fp8_share(gemms), "problems": [*problems]}, indent=2)
+
+
+def memory_table(plan: Sequence[RankMemory], *, world_size: int) -> str:
+    """One line per place in the pipeline, GiB."""
+    parts = [field.name for field in fields(RankMemory)]
+    rows: list[tuple[str, ...]] = [("pipeline rank", "in all", *(part.replace("_", " ") for part in parts))]
+    for rank, memory in enumerate(plan):
+        sizes = (memory.total, *(getattr(memory, part) for part in parts))
+        rows.append((str(rank), *(f"{size / GIB:.2f}" for size in sizes)))
+    processes = "1 process" if world_size == 1 else f"{world_size:,} processes"
+    return "\n".join([*_aligned(rows), "", f"planned, GiB on each rank, for {processes}; an estimate"])
+
+
+def memory_json(plan: Sequence[RankMemory], problem: str | None) -> str:
+    """The same as JSON, in bytes: `ranks` by place in the pipeline, each with its `total`; `problem`."""
+    return json.dumps(
+        {"ranks": [asdict(memory) | {"total": memory.total} for memory in plan], "problem": problem}, indent=2
+    )
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

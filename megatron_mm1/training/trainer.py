@@ -30,6 +30,7 @@ from megatron_mm1.parallel.groups import (
     launcher_ranks,
 )
 from megatron_mm1.planning.fp8 import check_fp8_shapes
+from megatron_mm1.planning.memory import check_memory
 from megatron_mm1.training.build import component_learning_rates
 from megatron_mm1.training.figures import Window, introduction
 from megatron_mm1.training.freezing import frozen_components
@@ -38,6 +39,7 @@ from megatron_mm1.training.interruption import Interruption, interruptible
 from megatron_mm1.training.lag import LagMeter
 from megatron_mm1.training.live import LiveEvaluation
 from megatron_mm1.training.logging import RunLogger, console_line
+from megatron_mm1.training.memory import MemoryWatch, described
 from megatron_mm1.training.progress import Progress
 from megatron_mm1.training.recovery import end_run, roll_back
 from megatron_mm1.training.resume import Start, check_ranks_agree, starting_point
@@ -64,6 +66,7 @@ def train(config: MM1Config, *, evaluation: LiveEvaluation | None = None) -> boo
         raise UserError("evaluation.interval is set, and this run was started without an evaluation: use mm1 train")
     validate(config, world_size=launcher_ranks()[1])
     check_fp8_shapes(config)
+    check_memory(config, world_size=launcher_ranks()[1])
     backend = layer_backend(config)
     tokenizer = open_tokenizer(config.data.tokenizer)
     start = starting_point(config, tokenizer)
@@ -139,6 +142,9 @@ class Run:
         self.logger = RunLogger(config, iteration=self.iteration, enabled=is_logger, wandb_run_id=wandb_run_id)
         for line in introduction(config, self.progress.model, backend=backend, groups=groups):
             self.logger.say(line)
+        self.memory = MemoryWatch(config, pg_collection=groups)
+        for line in self.memory.introduction():
+            self.logger.say(line)
         for sentence in self.data.long_documents():
             self.logger.say(f" {sentence}")
         if start is not None:
@@ -197,6 +203,9 @@ class Run:
                 ends = is_interrupted  # with the checkpoint gone back to
                 continue
             self.saver.poll()
+            if memory := self.memory.step():
+                self.logger.record("memory", self.iteration, memory)
+                self.logger.say(described(memory))
             self.logger.progress(loss=statistics.losses.loss, **{"tokens/s": window.tokens_per_second})
             if is_logged:
                 self._log(window, statistics, rates)

@@ -1,0 +1,1 @@
+"""What HTML pages that open without a server are made of: one style, plots and pictures inside the file."""
