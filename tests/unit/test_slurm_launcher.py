@@ -223,13 +223,13 @@ def test_a_stage_starts_from_the_checkpoint_that_is_named(job, monkeypatch, scri
     (job.folder / "my start").mkdir()
     (job.folder / "my start/config.yaml").write_text(to_yaml(preset(name)))
     job.settings += "\nTRAIN_OPTIONS=(--training.seed 5)"
-    command = f"bash examples/slurm/{script}.sh 'my start' --training.train_iters 7"
+    command = f"bash examples/slurm/{script}.sh 'my start' --training.train_iters 700"
     assert job(command).returncode == 0
     [words] = job.started()
     config = load_config(words[words.index("train") + 1 :])
     expected = apply_recipe(recipe, preset(name))
     assert (config.model, config.optimizer, config.data) == (expected.model, expected.optimizer, expected.data)
-    assert (config.checkpoint.load, config.training.seed, config.training.train_iters) == ("my start", 5, 7)
+    assert (config.checkpoint.load, config.training.seed, config.training.train_iters) == ("my start", 5, 700)
     assert config.run_dir == "runs/run"
     validate(config, world_size=gpus(REPOSITORY / f"examples/slurm/{script}.sh"))
 
