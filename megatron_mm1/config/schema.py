@@ -118,8 +118,8 @@ LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021): W x + scale B A x, of which A and B are trained and W is not. A decoder or tower
-    with adapters is frozen but for them; other parts are trained unless `training.freeze` names them.
+    """Low-rank adapters (Hu et al. 2021): W x + scale B A x, of which A and B are trained and W is not. A decoder or
+    tower with adapters is frozen but for them; other parts are trained unless `training.freeze` names them.
     """
 
     rank: int

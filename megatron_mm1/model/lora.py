@@ -1,15 +1,17 @@
 """Low-rank adapters (LoRA, Hu et al. 2021) in the tensor-parallel linear layers of either backend.
 
-A layer W x becomes W x + scale B A x. Of a column-parallel layer every rank has the whole A and the rows of B that belong
-to its rows of W; of a row-parallel layer the columns of A that belong to its columns of W, and the whole B. What goes
-between ranks is A x: `rank` numbers per position.
+A layer W x becomes W x + scale B A x. Of a column-parallel layer every rank has the whole A and the rows of B that
+belong to its rows of W; of a row-parallel layer the columns of A that belong to its columns of W, and the whole B. What
+goes between ranks is A x: `rank` numbers per position.
 """
 
 import zlib
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ from megatron_mm1.parallel.device import device
 
 
 class LoraLinear(torch.nn.Module):
-    """What is mixed in front of a linear layer's class: its parameters `lora_A` [rank, input] and `lora_B` [output, rank].
+    """What is mixed in front of a linear layer's class: parameters `lora_A` [rank, input] and `lora_B` [output, rank].
 
     Args:
         input_size, output_size: of the whole layer.
@@ -46,8 +48,10 @@ class LoraLinear(torch.nn.Module):
         others: the layer's further arguments.
     """
 
-    split: dict[str, int]
-    """By parameter, the dimension that ranks share; the other parameter is whole on each."""
+    split: ClassVar[Mapping[str, int]]
+    """The dimension that ranks share of one parameter; the other is whole on each."""
+    lora_A: Tensor
+    lora_B: Tensor
 
     def __init__(
         self,
@@ -80,11 +84,10 @@ class LoraLinear(torch.nn.Module):
         """A as torch draws a linear layer's weight, the same in every layout; B is zeros, so that at first adapters
         change nothing.
         """
-        parameter = self.get_parameter(LORA_A)
-        whole = torch.empty(self.lora.rank, parameter.shape[1] * (self.lora_group.size() if LORA_A in self.split else 1))
+        ranks, rank = (self.lora_group.size(), self.lora_group.rank()) if LORA_A in self.split else (1, 0)
+        whole = torch.empty(self.lora.rank, ranks * self.lora_A.shape[1])
         torch.nn.init.kaiming_uniform_(whole, a=5**0.5, generator=torch.Generator().manual_seed(seed))
-        start = self.lora_group.rank() * parameter.shape[1] if LORA_A in self.split else 0
-        parameter.copy_(whole[:, start : start + parameter.shape[1]])
+        self.lora_A.copy_(whole.chunk(ranks, dim=1)[rank])
 
     def _dropped(self, features: Tensor, *, is_shared: bool) -> Tensor:
         """With dropout where it is set; `is_shared`: all ranks have the same features, and so draw the same numbers."""
@@ -102,7 +105,7 @@ class LoraLinear(torch.nn.Module):
         described |= make_sharded_tensors_for_checkpoint(
             {name: self.get_parameter(name) for name in (LORA_A, LORA_B)},
             prefix,
-            self.split,
+            dict(self.split),
             sharded_offsets,
             tp_group=self.lora_group,
             dp_cp_group=metadata["dp_cp_group"],
@@ -115,7 +118,7 @@ class LoraLinear(torch.nn.Module):
 class LoraColumnParallel(LoraLinear):
     """Mixed in front of a column-parallel layer, whose input is normalised already."""
 
-    split = {LORA_B: 0}
+    split = MappingProxyType({LORA_B: 0})
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """[positions, 1, input] -> [positions, 1, output / ranks]; under sequence parallelism each rank gives a part of
@@ -130,7 +133,7 @@ class LoraColumnParallel(LoraLinear):
 class LoraRowParallel(LoraLinear):
     """Mixed in front of a row-parallel layer."""
 
-    split = {LORA_A: 1}
+    split = MappingProxyType({LORA_A: 1})
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """[positions, 1, input / ranks] -> [positions, 1, output]; under sequence parallelism each rank gets a part of
@@ -178,8 +181,7 @@ NO_ADAPTERS = Adapters()
 
 
 def draw_adapters(model: torch.nn.Module, *, seed: int) -> None:
-    """Initial A's of a model, each from a generator of its own that depends on the seed and its place in the whole model
-    alone."""
+    """Draw each A of a model from a generator of its own, which depends on the seed and its place in the whole model."""
     for name, layer in model.named_modules():
         if isinstance(layer, TransformerLayer):
             component = name.partition(".")[0]

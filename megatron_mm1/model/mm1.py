@@ -129,7 +129,7 @@ class MM1Model(MegatronModule):
         return partial(PaddedLinear, row_multiple=input_row_multiple(self.connector_config))
 
     def _freeze(self, components: Sequence[str]) -> None:
-        """Take components out of training but for their adapters: they are in no graph, gradient buffer or optimizer."""
+        """Take components, but for their adapters, out of training, gradient buffers and optimizer."""
         prefixes = tuple(COMPONENTS[component] for component in components)
         for name, parameter in self.named_parameters():
             if name.startswith(prefixes) and not is_adapter(name):
