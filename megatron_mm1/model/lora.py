@@ -181,7 +181,7 @@ NO_ADAPTERS = Adapters()
 
 
 def draw_adapters(model: torch.nn.Module, *, seed: int) -> None:
-    """Draw each A of a model from a generator of its own, which depends on the seed and its place in the whole model."""
+    """Draw each A of a model from a generator of its own, by the seed and its place in the whole model."""
     for name, layer in model.named_modules():
         if isinstance(layer, TransformerLayer):
             component = name.partition(".")[0]
