@@ -8,6 +8,7 @@ from megatron_mm1.config.schema import (
     Fp8Config,
     Fp8Recipe,
     LoraConfig,
+    MM1Config,
     ModelConfig,
     ParallelConfig,
     VisionConfig,
@@ -71,6 +72,12 @@ def lora_targets(lora: LoraConfig | None, component: str) -> frozenset[str]:
     """The linear layers of one of COMPONENTS that have adapters; empty: it has none."""
     targets = {"decoder": lora.decoder_targets, "tower": lora.tower_targets} if lora is not None else {}
     return frozenset(targets.get(component, ()))
+
+
+def frozen_weights(config: MM1Config) -> frozenset[str]:
+    """The components of which nothing is trained, or nothing but adapters."""
+    adapted = {component for component in COMPONENTS if lora_targets(config.model.lora, component)}
+    return frozenset(config.training.freeze) | adapted
 
 
 def lora_scale(lora: LoraConfig) -> float:

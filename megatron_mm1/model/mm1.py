@@ -1,7 +1,7 @@
 """MM1Model: tower -> connector -> decoder, with image tokens injected into the decoder's input."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_mm1.config import MM1Config
-from megatron_mm1.config.derived import COMPONENTS, lora_targets
+from megatron_mm1.config.derived import COMPONENTS, frozen_weights, lora_targets
 from megatron_mm1.data.batch import ImageGroup, PackedBatch
 from megatron_mm1.model.attention import segment_mask
 from megatron_mm1.model.connectors import Linear, build_connector
@@ -83,9 +83,8 @@ class MM1Model(MegatronModule):
             vp_stage=vp_stage,
         )
         draw_adapters(self, seed=config.training.seed)
-        adapted = [component for component in COMPONENTS if lora_targets(config.model.lora, component)]
-        self._freeze([*config.training.freeze, *adapted])
-        self.input_needs_gradient = "decoder" in adapted
+        self._freeze(frozen_weights(config))
+        self.input_needs_gradient = bool(lora_targets(config.model.lora, "decoder"))
 
     def _build_vision(self, config: MM1Config) -> None:
         vision, groups = config.model.vision, copy.copy(self.pg_collection)
@@ -128,7 +127,7 @@ class MM1Model(MegatronModule):
 
         return partial(PaddedLinear, row_multiple=input_row_multiple(self.connector_config))
 
-    def _freeze(self, components: Sequence[str]) -> None:
+    def _freeze(self, components: Collection[str]) -> None:
         """Take components, but for their adapters, out of training, gradient buffers and optimizer."""
         prefixes = tuple(COMPONENTS[component] for component in components)
         for name, parameter in self.named_parameters():

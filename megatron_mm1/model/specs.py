@@ -71,7 +71,7 @@ class LayerModules:
     norm_and_column: type | None = None
 
     def normed_column(self, name: str, adapters: Adapters) -> tuple[Any, Any]:
-        """What builds the norm in front of a column-parallel layer, and that layer; an adapter takes what is between."""
+        """What builds the norm in front of a column-parallel layer, and that layer; adapters need what is between."""
         if self.norm_and_column is not None and name not in adapters.targets:
             return IdentityOp, self.norm_and_column
         return self.norm, adapters.column(name, self.column_parallel)

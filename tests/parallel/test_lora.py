@@ -1,11 +1,9 @@
 """Adapters in parallel layouts: the same gradients, updates and initial weights as in one process."""
 
-from dataclasses import replace
 from functools import cache
 
 import pytest
 
-from megatron_mm1.config import ParallelConfig
 from megatron_mm1.parity.harness import Comparison, parity_config
 from megatron_mm1.parity.layouts import Layout, choose_layouts
 from tests.parallel.test_parity import SMALL
