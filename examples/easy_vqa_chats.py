@@ -1,6 +1,6 @@
 """Writes the demo corpus' questions as conversations in LLaVA's JSON, which `mm1 data prepare --reader chat` reads.
 
-    python examples/finetune/easy_vqa_chats.py --output chats.json [--split train] [--limit N]
+    python examples/easy_vqa_chats.py --output chats.json [--split train] [--limit N]
 
 One question is one conversation, worded as evaluation asks it. Paths of images are relative to the folder of the split:
 
