@@ -26,6 +26,8 @@ _SCHEDULE = (
     "training.output_z_loss_coeff",
 )
 """What else a step depends on, besides the optimizer's other settings."""
+_PREPROCESSING = ("model.vision.image_resize",)
+"""What weights can be trained on with another value, as LLaVA-1.5's two stages do."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def check_resumable(
     """
     saved = metadata.mm1_config()
     problems = []
-    if different := list(_model_differences("model", asdict(saved.model), asdict(config.model))):
+    differences = _model_differences("model", asdict(saved.model), asdict(config.model))
+    if different := [text for path, text in differences if not (weights_only and path in _PREPROCESSING)]:
         shown = "; ".join(different[:MOST_SHOWN]) + ("; .." if len(different) > MOST_SHOWN else "")
         is_resized = saved.model.vision.image_size != config.model.vision.image_size
         resize = "; for images of another size make a checkpoint first, by mm1 convert resize" if is_resized else ""
@@ -110,12 +113,13 @@ def check_resumable(
         raise UserError("\n  - ".join(["this run cannot go on from its checkpoint:", *problems]))
 
 
-def _model_differences(path: str, before: Any, now: Any) -> Iterator[str]:
+def _model_differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, str]]:
+    """Keys of which the two have other values, and a sentence about each."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in before | now:
             yield from _model_differences(f"{path}.{name}", before.get(name), now.get(name))
     elif before != now:
-        yield f"{path} was {before} and is {now}"
+        yield path, f"{path} was {before} and is {now}"
 
 
 @dataclass(frozen=True)
