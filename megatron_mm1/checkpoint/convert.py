@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_mm1 import __version__
 from megatron_mm1.checkpoint.dist_checkpoint import COMMON_STATE
@@ -14,6 +14,7 @@ from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint, write_mm1
 from megatron_mm1.checkpoint.safetensors_folder import GB, write_safetensors
 from megatron_mm1.checkpoint.summary import in_bytes, plan_table
 from megatron_mm1.checkpoint.tensors import Plan, PlanSource, Subset, copied, in_pieces
+from megatron_mm1.checkpoint.vocabulary import with_vocabulary
 from megatron_mm1.checkpoint.weights import Weights, component_of, components, open_weights, with_component
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.command_line import parse_arguments, set_override
@@ -22,6 +23,9 @@ from megatron_mm1.config.loading import load_config
 from megatron_mm1.config.serialization import from_dict, to_dict, to_yaml
 from megatron_mm1.config.validation import validate
 from megatron_mm1.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from megatron_mm1.data.tokenizer import Tokenizer
 
 TRANSFORMERS = "transformers"
 _WEIGHTS = tuple(COMPONENTS.values())
@@ -47,11 +51,15 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
         plan += weights.source.plan if isinstance(weights.source, PlanSource) else weights.plan("")
     if problems := model_problems(model):
         raise ConfigError(problems)
-    config = replace(config, model=model)
     fingerprint = ""
     if args.tokenizer is not None:
+        tokenizer = _open_tokenizer(args.tokenizer)
         config = replace(config, data=replace(config.data, tokenizer=str(args.tokenizer)))
-        fingerprint = _fingerprint(args.tokenizer)
+        fingerprint, before = tokenizer.fingerprint, model.decoder.vocab_size
+        model, plan = with_vocabulary(model, plan, vocab_size=tokenizer.vocab_size)
+        if before < model.decoder.vocab_size:
+            print(f"the vocabulary grows from {before} to {model.decoder.vocab_size} rows: {args.tokenizer} needs them")
+    config = replace(config, model=model)
     metadata = CheckpointMetadata(
         iteration=0,
         consumed_sequences=0,
@@ -312,7 +320,7 @@ def _check_tokenizer(metadata: CheckpointMetadata, tokenizer: Path) -> None:
         raise UserError(
             f"no tokenizer at {str(tokenizer)!r}: name the one the model was trained with by --tokenizer FILE"
         )
-    found, wanted = _fingerprint(tokenizer), metadata.tokenizer_fingerprint
+    found, wanted = _open_tokenizer(tokenizer).fingerprint, metadata.tokenizer_fingerprint
     if wanted and found != wanted:
         raise UserError(
             f"{tokenizer} is another tokenizer (SHA-256 {found[:12]}..) than the model was trained with "
@@ -320,10 +328,10 @@ def _check_tokenizer(metadata: CheckpointMetadata, tokenizer: Path) -> None:
         )
 
 
-def _fingerprint(tokenizer: Path) -> str:
+def _open_tokenizer(path: Path) -> "Tokenizer":
     from megatron_mm1.data.tokenizer import open_tokenizer
 
-    return open_tokenizer(str(tokenizer)).fingerprint
+    return open_tokenizer(path)
 
 
 def _write(

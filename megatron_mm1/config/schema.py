@@ -35,9 +35,9 @@ class VisionConfig:
     """Whose output is the image feature: -1 the last block, -2 the one before (LLaVA); later blocks are not built."""
     final_layernorm: bool = True
     """Apply the tower's last layer norm to the features; LLaVA does not."""
-    image_resize: Literal["squash", "shorter_side_crop"] = "squash"
-    """How an image becomes a square: all of it resized (MM1, DFN), or its shorter side resized and the centre taken
-    (OpenAI's CLIP).
+    image_resize: Literal["squash", "shorter_side_crop", "pad"] = "squash"
+    """How an image becomes a square: all of it resized (MM1, DFN), its shorter side resized and the centre taken
+    (OpenAI's CLIP), or first padded with the mean colour and then resized (LLaVA-1.5).
     """
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -207,8 +207,10 @@ class DataConfig:
     """Later mixtures of the same sources, by increasing step; before the first the sources' own weights hold."""
     mixture_unit: Literal["sequences", "tokens", "examples"] = "sequences"
     """What weights are shares of: sequences [P], filled positions (of text and images), or documents."""
-    packing: Literal["single_source", "mixed"] = "single_source"
-    """Pack each sequence from one source [P], or from all of them, which fills sequences better."""
+    packing: Literal["single_source", "mixed", "none"] = "single_source"
+    """Pack each sequence from one source [P], or from all of them, which fills sequences better; or give every document
+    sequences of its own, so that a step takes as many documents as sequences and much of each is padding.
+    """
     validation: tuple[SourceConfig, ...] = ()
     """Held-out sets; each is reported on its own, so weights are ignored here."""
     seq_length: int = 4096

@@ -27,6 +27,8 @@ _SCHEDULE = (
     "training.output_z_loss_coeff",
 )
 """What else a step depends on, besides the optimizer's other settings."""
+_PREPROCESSING = ("model.vision.image_resize",)
+"""What weights can be trained on with another value, as LLaVA-1.5's two stages do."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def check_resumable(
     saved = metadata.mm1_config()
     problems = [*_other_adapters(metadata, config, weights_only=weights_only)]
     before, now = (asdict(replace(model, lora=None)) for model in (saved.model, config.model))
-    if different := list(_model_differences("model", before, now)):
+    differences = _model_differences("model", before, now)
+    if different := [text for path, text in differences if not (weights_only and path in _PREPROCESSING)]:
         shown = "; ".join(different[:MOST_SHOWN]) + ("; .." if len(different) > MOST_SHOWN else "")
         is_resized = saved.model.vision.image_size != config.model.vision.image_size
         resize = "; for images of another size make a checkpoint first, by mm1 convert resize" if is_resized else ""
@@ -134,12 +137,13 @@ def _other_adapters(metadata: CheckpointMetadata, config: MM1Config, *, weights_
             yield f"model.lora adapts the {component}, and its checkpoint has none: start from one that has it"
 
 
-def _model_differences(path: str, before: Any, now: Any) -> Iterator[str]:
+def _model_differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, str]]:
+    """Keys of which the two have other values, and a sentence about each."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in before | now:
             yield from _model_differences(f"{path}.{name}", before.get(name), now.get(name))
     elif before != now:
-        yield f"{path} was {before} and is {now}"
+        yield path, f"{path} was {before} and is {now}"
 
 
 @dataclass(frozen=True)
