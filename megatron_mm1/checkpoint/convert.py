@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_mm1 import __version__
 from megatron_mm1.checkpoint.dist_checkpoint import COMMON_STATE
 from megatron_mm1.checkpoint.format import FORMAT_VERSION, OPTIMIZER_PREFIX, CheckpointMetadata
+from megatron_mm1.checkpoint.merge import merge_adapters
 from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint, write_mm1
 from megatron_mm1.checkpoint.safetensors_folder import GB, write_safetensors
 from megatron_mm1.checkpoint.summary import in_bytes, plan_table
@@ -74,7 +75,9 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
 def export_main(args: Namespace) -> None:
     """A checkpoint's weights, or some parts of them, as another library's folder."""
     checkpoint = MM1Checkpoint(args.checkpoint)
-    config, source = checkpoint.metadata.mm1_config(), Subset(checkpoint, _WEIGHTS)
+    config = checkpoint.metadata.mm1_config()
+    model, merged = merge_adapters(config.model, checkpoint)
+    config, source = replace(config, model=model), PlanSource(merged)
     if args.tokenizer is not None:
         config = replace(config, data=replace(config.data, tokenizer=str(args.tokenizer)))
     extra_files: Mapping[str, bytes | str] = {}
@@ -128,7 +131,7 @@ def upcycle_main(args: Namespace, config_arguments: Sequence[str]) -> None:
     """A dense checkpoint's weights with experts in place of feed-forward layers."""
     from megatron_mm1.checkpoint.upcycle import upcycle
 
-    checkpoint = MM1Checkpoint(args.checkpoint)
+    checkpoint = _without_adapters(MM1Checkpoint(args.checkpoint))
     before = checkpoint.metadata.mm1_config()
     moe = _with_options(before, config_arguments, group="model.moe").model.moe
     if moe is None:
@@ -141,16 +144,27 @@ def resize_main(args: Namespace) -> None:
     """A checkpoint's weights for images of another size."""
     from megatron_mm1.checkpoint.resize import resize
 
-    checkpoint = MM1Checkpoint(args.checkpoint)
+    checkpoint = _without_adapters(MM1Checkpoint(args.checkpoint))
     before = checkpoint.metadata.mm1_config()
     model, plan = resize(before.model, args.image_size, Subset(checkpoint, _WEIGHTS))
     metadata = _weights_only(checkpoint.metadata, replace(before, model=model))
     _write(args, plan, metadata, checkpoint, objects=checkpoint.read_objects(_WEIGHTS))
 
 
+def merge_main(args: Namespace) -> None:
+    """A checkpoint's adapters in its weights."""
+    checkpoint = MM1Checkpoint(args.checkpoint)
+    before = checkpoint.metadata.mm1_config()
+    if before.model.lora is None:
+        raise UserError(f"{checkpoint.path} has no adapters to merge: it is used as it is")
+    model, plan = merge_adapters(before.model, checkpoint)
+    metadata = _weights_only(checkpoint.metadata, replace(before, model=model))
+    _write(args, plan, metadata, checkpoint, objects=checkpoint.read_objects(_WEIGHTS))
+
+
 def take_main(args: Namespace) -> None:
     """One part of a checkpoint's model, as a checkpoint of its own."""
-    checkpoint = MM1Checkpoint(args.checkpoint)
+    checkpoint = _without_adapters(MM1Checkpoint(args.checkpoint))
     prefix = COMPONENTS[args.component]
     plan = [copied(checkpoint, name) for name in checkpoint.tensors if name.startswith(prefix)]
     if not plan:
@@ -167,9 +181,11 @@ def replace_main(args: Namespace) -> None:
     """
     from megatron_mm1.checkpoint.model_check import model_problems
 
-    base = MM1Checkpoint(args.checkpoint)
+    base = _without_adapters(MM1Checkpoint(args.checkpoint))
     before = base.metadata.mm1_config()
     other = open_weights(args.source, base=before.model, seq_length=before.data.seq_length)
+    if other.checkpoint is not None:
+        _without_adapters(other.checkpoint)
     if args.component not in other.components:
         raise UserError(f"{args.source} has no {args.component}: it holds {', '.join(other.components) or 'nothing'}")
     model = with_component(before.model, other.model, args.component)
@@ -195,6 +211,13 @@ def replace_main(args: Namespace) -> None:
         objects |= other.checkpoint.read_objects((COMPONENTS[args.component],))
     sources = [base] if other.checkpoint is None else [base, other.checkpoint]
     _write(args, plan, metadata, *sources, objects=objects)
+
+
+def _without_adapters(checkpoint: MM1Checkpoint) -> MM1Checkpoint:
+    """The checkpoint, refused where parts of a layer would be left behind."""
+    if checkpoint.metadata.mm1_config().model.lora is not None:
+        raise UserError(f"{checkpoint.path} has adapters beside its weights: merge them first, with mm1 convert merge")
+    return checkpoint
 
 
 def _keeps_training_state(base: MM1Checkpoint, other: Weights, component: str) -> bool:

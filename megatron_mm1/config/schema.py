@@ -112,12 +112,35 @@ class MoEConfig:
     """How far a step moves that bias."""
 
 
+LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+"""megatron-core's names of a block's linear layers: attention's input and output, the feed-forward layer's two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): W x + scale B A x, of which A and B are trained and W is not. A decoder or
+    tower with adapters is frozen but for them; other parts are trained unless `training.freeze` names them.
+    """
+
+    rank: int
+    alpha: float
+    """The adapters' scale is alpha / rank."""
+    use_rslora: bool = False
+    """alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    dropout: float = 0.0
+    """Of an adapter's input, in training."""
+    decoder_targets: tuple[LoraTarget, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    """The decoder's layers that get adapters; one for queries, keys and values, and one for SwiGLU's gate and up."""
+    tower_targets: tuple[LoraTarget, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     decoder: DecoderConfig
     vision: VisionConfig = field(default_factory=VisionConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     moe: MoEConfig | None = None
+    lora: LoraConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
