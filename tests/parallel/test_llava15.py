@@ -107,7 +107,17 @@ def work(tmp_path_factory) -> Work:
     for stage, template in TEMPLATE.items():
         options = ["--option", f"images={folder / 'images'}", "--option", f"template={TEMPLATES / template}.jinja"]
         reader = ["--reader", "chat", "--input", folder / f"{stage}.json", *options]
-        mm1("data", "prepare", *reader, "--tokenizer", folder / "tokenizer.model", "--output", folder / stage, "--workers", 1)
+        mm1(
+            "data",
+            "prepare",
+            *reader,
+            "--tokenizer",
+            folder / "tokenizer.model",
+            "--output",
+            folder / stage,
+            "--workers",
+            1,
+        )
     sources = ["--source", folder / "clip", "--source", folder / "llama", "--tokenizer", folder / "tokenizer.model"]
     preset = ["--preset", "llava15-7b", "--model.connector.tokens_per_image", 16]
     mm1("convert", "import", *sources, "--output", work.start, *preset)
