@@ -77,7 +77,7 @@ class Work:
             "run_dir": self.folder / run_dir,
         }
         if stage == "sft":
-            settings["optimizer.lr"] = LR[stage]
+            settings["optimizer.lr"] = LR["sft"]
         words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         return load_config(["--recipe", f"llava15-{stage}", "--config", str(start / "config.yaml"), *words, *options])
 
