@@ -59,7 +59,8 @@ class _Generation(Extension):
 class ChatTemplate:
     """A template and the tokenizer whose control symbols it writes.
 
-    Text that users or assistants wrote never becomes a control symbol, whatever it spells.
+    Text that users or assistants wrote never becomes a control symbol, whatever it spells. The template may move the
+    images that `image_token` stands for in a content, as LLaVA's do.
 
     Args:
         source: the template; it marks what the assistant says with `{% generation %}`.
@@ -83,7 +84,7 @@ class ChatTemplate:
         self._variables = {
             f"{role}_token": tokenizer.symbol(token)
             for role, token in {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}.items()
-        }
+        } | {"image_token": IMAGE}
         symbols = sorted(tokenizer.controls, key=len, reverse=True)
         self._symbols = re.compile(f"(?:{'|'.join(map(re.escape, symbols))})(?!{_ORDINARY})")
         try:
