@@ -6,6 +6,7 @@ The loop is transformers' processor, model and schedule with torch's AdamW, an e
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +82,18 @@ def _conversation(rng: np.random.Generator, image: str, number: int) -> Record:
     """With the image in front or behind of the first question, or text alone, some of which the assistant begins."""
     turns = [sentence(rng, int(rng.integers(1, 9))) for _ in range(2 * (1 + number % 3))]
     if number % 5 == 4:
-        return _record(number, None, turns, begins="gpt" if number % 2 else "human")
+        return _record(number, None, turns, greeted=bool(number % 2))
     turns[0] = f"<image>\n{turns[0]}?" if number % 2 else f"{turns[0]}?\n<image>"
     turns[-1] += "\n- " + str(rng.choice(WORDS))
     return _record(number, image, turns)
 
 
-def _record(number: int, image: str | None, turns: list[str], *, begins: str = "human") -> Record:
-    speakers = ["human", "gpt"] * len(turns)
-    if begins == "gpt":
-        turns = ["Hello.", *turns]
-        speakers.insert(0, "gpt")
-    conversations = [{"from": speaker, "value": turn} for speaker, turn in zip(speakers, turns, strict=False)]
-    return {"id": str(number), **({} if image is None else {"image": image}), "conversations": conversations}
+def _record(number: int, image: str | None, turns: list[str], *, greeted: bool = False) -> Record:
+    """Turns by the human and the assistant, one after the other; `greeted`, the assistant has said something before."""
+    said = [{"from": speaker, "value": turn} for speaker, turn in zip(cycle(("human", "gpt")), turns, strict=False)]
+    if greeted:
+        said.insert(0, {"from": "gpt", "value": "Hello."})
+    return {"id": str(number), **({} if image is None else {"image": image}), "conversations": said}
 
 
 def write_parts(folder: Path) -> None:

@@ -77,7 +77,7 @@ class Work:
             "run_dir": self.folder / run_dir,
         }
         if stage == "sft":
-            settings["optimizer.lr"] = LR[stage]
+            settings["optimizer.lr"] = LR["sft"]
         words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         return load_config(["--recipe", f"llava15-{stage}", "--config", str(start / "config.yaml"), *words, *options])
 
@@ -107,7 +107,17 @@ def work(tmp_path_factory) -> Work:
     for stage, template in TEMPLATE.items():
         options = ["--option", f"images={folder / 'images'}", "--option", f"template={TEMPLATES / template}.jinja"]
         reader = ["--reader", "chat", "--input", folder / f"{stage}.json", *options]
-        mm1("data", "prepare", *reader, "--tokenizer", folder / "tokenizer.model", "--output", folder / stage)
+        mm1(
+            "data",
+            "prepare",
+            *reader,
+            "--tokenizer",
+            folder / "tokenizer.model",
+            "--output",
+            folder / stage,
+            "--workers",
+            1,
+        )
     sources = ["--source", folder / "clip", "--source", folder / "llama", "--tokenizer", folder / "tokenizer.model"]
     preset = ["--preset", "llava15-7b", "--model.connector.tokens_per_image", 16]
     mm1("convert", "import", *sources, "--output", work.start, *preset)

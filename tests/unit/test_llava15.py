@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from megatron_mm1.data.chat import IMAGE, IMAGE_SLOT, ChatTemplate
 from megatron_mm1.data.readers import open_reader
 from megatron_mm1.data.records import Control, Document, Image, Reason, Rejected, Text
+from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.data.tokenizer.extending import extend_tokenizer
 from tests.corpora import encoded, write_jsonl
 from tests.llava15 import PIECES, SYSTEM, TEMPLATES, VOCABULARY, write_tokenizer
@@ -76,6 +78,13 @@ def test_a_conversation_without_images(
     document = read(tmp_path, tokenizer, "vicuna_v1", *first, *begin, "human: Hi", "gpt: Hello!")
     assert isinstance(document, Document)
     assert document.parts == (BEGIN, answered(f"{system or SYSTEM} USER: Hi ASSISTANT:", " Hello!"), END)
+
+
+def test_a_question_is_asked_as_it_was_trained(tokenizer: Path) -> None:
+    template = ChatTemplate((TEMPLATES / "vicuna_v1.jinja").read_text(), open_tokenizer(tokenizer), origin="shipped")
+    question = [{"role": "user", "content": f"What is it? {IMAGE}"}]
+    expected = [BEGIN, asked(f"{SYSTEM} USER: "), IMAGE_SLOT, asked("\nWhat is it? ASSISTANT:")]
+    assert template.ask(question) == expected and template.ends == ("</s>",)
 
 
 @pytest.mark.parametrize(
