@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mm1.config import ConfigError, LoraConfig, MM1Config
+from megatron_mm1.config import LoraConfig, MM1Config
 from megatron_mm1.config.loading import load_config
 from megatron_mm1.config.schema import LoraTarget
 from megatron_mm1.config.validation import validate
+from megatron_mm1.errors import ConfigError
 from megatron_mm1.model.lora import is_adapter
 from megatron_mm1.model.mm1 import MM1Model
 from megatron_mm1.planning.flops import step_flops
