@@ -81,8 +81,8 @@ class LoraLinear(torch.nn.Module):
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:
-        """A uniformly within 1 / sqrt(inputs), as torch draws a linear layer's weight and peft an adapter's, the same in
-        every layout; B is zeros, so that at first adapters change nothing.
+        """A uniformly within 1 / sqrt(inputs), as peft draws it, the same in every layout; B is zeros, so that at first
+        adapters change nothing.
         """
         ranks, rank = (self.lora_group.size(), self.lora_group.rank()) if LORA_A in self.split else (1, 0)
         inputs, generator = ranks * self.lora_A.shape[1], torch.Generator().manual_seed(seed)
