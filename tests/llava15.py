@@ -25,8 +25,10 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-VOCABULARY, GROWN = 366, 384
-"""Pieces of a SentencePiece model of Llama's kind with 360, and our 6 symbols; and the rows that a decoder has then."""
+PIECES, VOCABULARY, GROWN = 360, 366, 384
+"""Pieces of a SentencePiece model of Llama's kind; with our six symbols; and the rows that a decoder has then."""
+IMAGE_ID = PIECES
+TEMPLATE = {"align": "plain", "sft": "vicuna_v1"}
 SIZES = ((40, 28), (28, 60), (36, 36), (72, 20), (31, 33))
 """Of images, px. The margins of their centres are whole, or rounded alike by CLIP's and by transformers' code."""
 
@@ -43,7 +45,7 @@ def write_tokenizer(file: Path) -> None:
         input=str(text),
         model_prefix=str(file.with_suffix("")),
         model_type="bpe",
-        vocab_size=360,
+        vocab_size=PIECES,
         byte_fallback=True,
         split_digits=True,
         normalization_rule_name="identity",
@@ -101,7 +103,7 @@ def write_parts(folder: Path) -> None:
     tower.save_pretrained(folder / "clip")
     theirs = decoder(
         "llama",
-        vocab_size=360,
+        vocab_size=PIECES,
         num_attention_heads=4,
         num_key_value_heads=4,
         rms_norm_eps=1e-5,
@@ -109,6 +111,43 @@ def write_parts(folder: Path) -> None:
         max_position_embeddings=2048,
     )
     theirs.save_pretrained(folder / "llama")
+
+
+def plain_examples(folder: Path, records: Sequence[Record], *, stage: str) -> list[dict[str, Tensor]]:
+    """What transformers' processor makes of records, as its model takes them: one example each, with its labels."""
+    side = TOWER["image_size"]
+    pixels = transformers.LlavaImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_pad=stage == "sft"
+    )
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(
+        folder / "llama", legacy=True, extra_special_tokens={"image_token": "<image>"}
+    )
+    assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_ID
+    processor = transformers.LlavaProcessor(
+        pixels,
+        tokenizer,
+        patch_size=TOWER["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=(TEMPLATES / f"{TEMPLATE[stage]}.jinja").read_text(),
+    )
+    return [_example(processor, record, folder / "images") for record in records]
+
+
+def _example(processor: transformers.LlavaProcessor, record: Record, images: Path) -> dict[str, Tensor]:
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
+    pictures = {"images": [PIL.Image.open(images / record["image"])]} if "image" in record else {}
+    encoding = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        processor_kwargs=pictures,
+    )
+    trained = torch.as_tensor(encoding.pop("assistant_masks")).view_as(encoding["input_ids"]).bool()
+    return {**encoding, "labels": encoding["input_ids"].masked_fill(~trained, -100)}
 
 
 @dataclass(frozen=True)
@@ -130,13 +169,10 @@ class PlainLlava:
     def __init__(self, folder: Path, projector: dict[str, Tensor]) -> None:
         tower = transformers.CLIPVisionModel.from_pretrained(folder / "clip")
         text = transformers.LlamaForCausalLM.from_pretrained(folder / "llama")
-        self._tokenizer = transformers.LlamaTokenizer.from_pretrained(
-            folder / "llama", legacy=True, extra_special_tokens={"image_token": "<image>"}
-        )
         config = transformers.LlavaConfig(
             vision_config=tower.config,
             text_config=text.config,
-            image_token_id=self._tokenizer.convert_tokens_to_ids("<image>"),
+            image_token_id=IMAGE_ID,
             vision_feature_layer=-2,
             vision_feature_select_strategy="default",
         )
@@ -145,41 +181,10 @@ class PlainLlava:
         self.model.model.language_model.load_state_dict(text.model.state_dict())
         self.model.lm_head.load_state_dict(text.lm_head.state_dict())
         self.model.model.multi_modal_projector.load_state_dict(projector)
-        self.model.resize_token_embeddings(GROWN)
+        self.model.resize_token_embeddings(GROWN, mean_resizing=False)
         with torch.no_grad():
             for table in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-                table.weight[360:] = 0
-
-    def inputs(self, record: Record, *, stage: str, images: Path) -> dict[str, Tensor]:
-        """Of the model: one example, with its labels."""
-        roles = {"human": "user", "gpt": "assistant"}
-        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
-        template = {"align": "plain", "sft": "vicuna_v1"}[stage]
-        pictures = [PIL.Image.open(images / record["image"])] if "image" in record else None
-        encoding = self._processor(pad=stage == "sft").apply_chat_template(
-            messages,
-            chat_template=(TEMPLATES / f"{template}.jinja").read_text(),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            return_tensors="pt",
-            processor_kwargs={} if pictures is None else {"images": pictures},
-        )
-        trained = torch.as_tensor(encoding.pop("assistant_masks")).view_as(encoding["input_ids"]).bool()
-        return {**encoding, "labels": encoding["input_ids"].masked_fill(~trained, -100)}
-
-    def _processor(self, *, pad: bool) -> transformers.LlavaProcessor:
-        side = TOWER["image_size"]
-        pixels = transformers.LlavaImageProcessor(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_pad=pad
-        )
-        return transformers.LlavaProcessor(
-            pixels,
-            self._tokenizer,
-            patch_size=TOWER["patch_size"],
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
-        )
+                table.weight[PIECES:] = 0
 
     def train(
         self, batches: Sequence[Sequence[dict[str, Tensor]]], *, parts: Sequence[str], lr: float, warmup: int

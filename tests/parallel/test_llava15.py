@@ -1,6 +1,7 @@
 """LLaVA-1.5's two stages by the commands of docs/llava15.md, step by step against transformers and torch alone."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,16 @@ from megatron_mm1.config.loading import load_config
 from megatron_mm1.data.plan import training_data
 from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.data.tokenizer.extending import extend_tokenizer
-from tests.llava15 import TEMPLATES, PlainLlava, Record, Step, write_parts, write_records, write_tokenizer
+from tests.llava15 import (
+    TEMPLATE,
+    TEMPLATES,
+    PlainLlava,
+    Step,
+    plain_examples,
+    write_parts,
+    write_records,
+    write_tokenizer,
+)
 from tests.parallel import jobs
 from tests.parallel.test_trainer import records
 
@@ -25,7 +35,6 @@ LR = {"align": 1e-3, "sft": 1e-3}
 PIPELINE = ["--pipeline_model_parallel_size", "2"]
 TENSOR = ["--tensor_model_parallel_size", "2", "--sequence_parallel"]
 TRAINED = {"align": ["multi_modal_projector"], "sft": ["multi_modal_projector", "language_model", "lm_head"]}
-TEMPLATE = {"align": "plain", "sft": "vicuna_v1"}
 
 
 def mm1(*arguments: Any) -> None:
@@ -38,11 +47,11 @@ class Work:
 
     Attributes:
         folder: with the parts, the tokenizer and, in `start`, the model imported from the parts: it has no connector.
-        records: of each stage's JSON.
+        examples: of each stage's JSON, by transformers.
     """
 
     folder: Path
-    records: dict[str, list[Record]]
+    examples: dict[str, list[dict[str, torch.Tensor]]]
 
     @property
     def start(self) -> Path:
@@ -56,7 +65,7 @@ class Work:
         settings = {
             "checkpoint.load": start,
             "data.sources": f"[{{name: {stage}, path: {self.folder / stage}}}]",
-            "data.seq_length": 192,
+            "data.seq_length": 384,
             "data.num_workers": 0,
             "training.train_iters": STEPS,
             "training.global_batch_size": BATCH,
@@ -72,14 +81,14 @@ class Work:
         words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
         return load_config(["--recipe", f"llava15-{stage}", "--config", str(start / "config.yaml"), *words, *options])
 
-    def batches(self, plain: PlainLlava, config: MM1Config, stage: str) -> list[list[dict[str, torch.Tensor]]]:
+    def batches(self, config: MM1Config, stage: str) -> list[list[dict[str, torch.Tensor]]]:
         """The conversations of each step in the order of the run, by transformers."""
         data = training_data(config, tokenizer=open_tokenizer(config.data.tokenizer))
-        examples = [plain.inputs(record, stage=stage, images=self.folder / "images") for record in self.records[stage]]
+        assert not data.long_documents()  # all are seen whole
         size = config.training.global_batch_size
         return [
             [
-                examples[int(key.rpartition("#")[2])]
+                self.examples[stage][int(key.rpartition("#")[2])]
                 for sequence in range(first, first + size)
                 for key in data.keys([sequence])[stage]
             ]
@@ -93,7 +102,8 @@ def work(tmp_path_factory) -> Work:
     write_parts(folder)
     write_tokenizer(folder / "llama/tokenizer.model")
     extend_tokenizer(folder / "llama/tokenizer.model", folder / "tokenizer.model")
-    work = Work(folder, write_records(folder))
+    rows = write_records(folder)
+    work = Work(folder, {stage: plain_examples(folder, rows[stage], stage=stage) for stage in rows})
     for stage, template in TEMPLATE.items():
         options = ["--option", f"images={folder / 'images'}", "--option", f"template={TEMPLATES / template}.jinja"]
         reader = ["--reader", "chat", "--input", folder / f"{stage}.json", *options]
@@ -113,24 +123,25 @@ def projector(pool, work) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Plain:
-    """The plain loop's steps of each stage, and its model after both."""
+    """The plain loop's steps of each stage, and its model after each."""
 
     align: list[Step]
+    aligned: PlainLlava
     sft: list[Step]
-    model: PlainLlava
+    tuned: PlainLlava
 
 
 @pytest.fixture(scope="module")
 def plain(work, projector) -> Plain:
     model = PlainLlava(work.folder, projector)
-    align, sft = (plain_steps(work, model, work.config(stage), stage) for stage in ("align", "sft"))
-    return Plain(align, sft, model)
+    align = plain_steps(work, model, work.config("align"), "align")
+    aligned = deepcopy(model)
+    return Plain(align, aligned, plain_steps(work, model, work.config("sft"), "sft"), model)
 
 
 def plain_steps(work: Work, model: PlainLlava, config: MM1Config, stage: str) -> list[Step]:
     """Of the plain loop, over the conversations that each step of this run has."""
-    batches = work.batches(model, config, stage)
-    return list(model.train(batches, parts=TRAINED[stage], lr=LR[stage], warmup=WARMUP))
+    return list(model.train(work.batches(config, stage), parts=TRAINED[stage], lr=LR[stage], warmup=WARMUP))
 
 
 @pytest.fixture(scope="module")
@@ -181,21 +192,19 @@ def test_fine_tuning_in_two_tensor_parallel_ranks_equals_the_plain_loop(pool, wo
     assert_equal(train(pool, config, world_size=2), plain.sft)
 
 
-def test_packed_fine_tuning_of_two_replicas_equals_the_plain_loop(pool, work, aligned, projector):
+def test_packed_fine_tuning_of_two_replicas_equals_the_plain_loop(pool, work, aligned, plain):
     """Several conversations in a sequence, and so another number of them in each step."""
     config = work.config("sft", start=aligned, run_dir="sft-packed", options=["--data.packing", "mixed"])
-    model = PlainLlava(work.folder, projector)
-    plain_steps(work, model, work.config("align"), "align")
-    assert {len(batch) for batch in work.batches(model, config, "sft")} > {BATCH}
-    assert_equal(train(pool, config, world_size=2), plain_steps(work, model, config, "sft"))
+    assert min(len(batch) for batch in work.batches(config, "sft")) > BATCH
+    expected = plain_steps(work, plain.aligned, config, "sft")
+    assert_equal(train(pool, config, world_size=2), expected)
 
 
 def test_transformers_loads_the_fine_tuned_model(work, tuned, plain):
     exported = work.folder / "exported"
     mm1("convert", "export", "--checkpoint", tuned, "--family", "llava", "--output", exported)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(exported)
-    for batch in work.batches(plain.model, work.config("sft"), "sft")[:2]:
-        for example in batch:
-            with torch.no_grad():
-                got, expected = model(**example).logits, plain.model.model(**example).logits
-            assert torch.allclose(got, expected, atol=2e-3)
+    for example in work.examples["sft"]:
+        with torch.no_grad():
+            got, expected = model(**example).logits, plain.tuned.model(**example).logits
+        assert torch.allclose(got, expected, atol=2e-3)

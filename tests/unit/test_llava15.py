@@ -9,7 +9,7 @@ from megatron_mm1.data.readers import open_reader
 from megatron_mm1.data.records import Control, Document, Image, Reason, Rejected, Text
 from megatron_mm1.data.tokenizer.extending import extend_tokenizer
 from tests.corpora import encoded, write_jsonl
-from tests.llava15 import SYSTEM, TEMPLATES, VOCABULARY, write_tokenizer
+from tests.llava15 import PIECES, SYSTEM, TEMPLATES, VOCABULARY, write_tokenizer
 
 BEGIN, END = Control("<s>"), Control("</s>", trained=True)
 PICTURE = encoded()
@@ -19,7 +19,7 @@ PICTURE = encoded()
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder / "llama.model")
-    assert len(extend_tokenizer(folder / "llama.model", folder / "tokenizer.model")) == VOCABULARY - 360
+    assert len(extend_tokenizer(folder / "llama.model", folder / "tokenizer.model")) == VOCABULARY - PIECES
     return folder / "tokenizer.model"
 
 
