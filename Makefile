@@ -1,6 +1,6 @@
 # PYTHON, TORCH_INDEX and VENV are explained in tools/bootstrap.sh; pip's own variables (PIP_INDEX_URL, ...) work as usual.
 .DEFAULT_GOAL := help
-.PHONY: help venv corpus quickstart test test-slow test-slurm test-parallel-full test-newest test-gpu bench-gpu
+.PHONY: help venv corpus quickstart finetune test test-slow test-slurm test-parallel-full test-newest test-gpu bench-gpu
 .PHONY: bench-gpu-dry-run container-test lint format lock clean
 
 VENV ?= .venv
@@ -21,6 +21,9 @@ corpus: venv  ## the demo corpus (built once, then reused)
 
 quickstart: venv  ## corpus, training of mm1-tiny on 2 processes, captions of held-out images: 10 minutes on 2 cores
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh
+
+finetune: quickstart  ## its model fine-tuned on conversations at two resolutions, asked before and after: 10 minutes more
+	@PATH="$(abspath $(BIN)):$$PATH" bash examples/finetune_quickstart.sh
 
 test: corpus  ## every test that needs no GPU and is not slow
 	$(BIN)/pytest -q -m "not slow and not gpu and not slurm"

@@ -87,7 +87,7 @@ class Slice:
 
     def tower_flops(self) -> float:
         """Model FLOPs of the tower on one microbatch, forward and backward."""
-        return self.config.data.max_images_per_sequence * tower_flops(self.config.model.vision)
+        return self.config.data.max_images_per_sequence * tower_flops(self.config.model)
 
     def step_flops(self) -> float:
         """Model FLOPs of one step: causal attention within examples, nothing recomputed, tower and connector in."""

@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 FAILED = 1
 """Exit code of a check that ran and did not hold."""
@@ -29,6 +30,19 @@ def add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help="instead of the checkpoint's",
         )
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """How a model that was trained on conversations is asked."""
+    parser.add_argument(
+        "--chat", action="store_true", help="prompts are what the user of a conversation says, for a fine-tuned model"
+    )
+    parser.add_argument(
+        *both_spellings("chat-template"),
+        type=Path,
+        metavar="FILE",
+        help="--chat with this template, instead of the one that belongs to the tokenizer",
+    )
 
 
 def positive_int(text: str) -> int:

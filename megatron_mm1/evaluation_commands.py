@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_mm1.arguments import add_command, add_parallel_sizes, both_spellings, count, positive_int
+from megatron_mm1.arguments import add_chat, add_command, add_parallel_sizes, both_spellings, count, positive_int
 
 
 def add_evaluation_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -44,6 +44,11 @@ def add_evaluation_commands(commands: "argparse._SubParsersAction[argparse.Argum
         help="of the demonstrations only the last N in --high-resolution, or cut into tiles (all)",
     )
     evaluation.add_argument(
+        *both_spellings("image-tiling"),
+        choices=("none", "overview_and_crops", "dynamic"),
+        help="how images become tiles, instead of what the model was trained with",
+    )
+    evaluation.add_argument(
         *both_spellings("max-image-tiles"),
         type=positive_int,
         metavar="N",
@@ -54,6 +59,7 @@ def add_evaluation_commands(commands: "argparse._SubParsersAction[argparse.Argum
         action="store_true",
         help="demonstrations with their reasoning; the answer is taken out of the model's",
     )
+    add_chat(evaluation)
     add_parallel_sizes(evaluation)
 
 

@@ -4,6 +4,7 @@
 #   on_every_gpu COMMAND..   `mm1 COMMAND` as one job of processes, one per GPU
 #   on_first_node COMMAND..  `mm1 COMMAND` as one process, which sees all GPUs of its node
 #   train OPTIONS..          `mm1 train` into $RUN_DIR, requeued until it is through
+#   train_from DIR OPTIONS.. the same from the model and weights of a checkpoint that has a config.yaml
 set -euo pipefail
 
 # shellcheck source=/dev/null
@@ -89,6 +90,16 @@ train() {
   esac
   requeue
   exit "$code"
+}
+
+train_from() {
+  local checkpoint=$1
+  shift
+  if [[ ! -f $checkpoint/config.yaml ]]; then
+    say "no config.yaml in '$checkpoint': sbatch SCRIPT CHECKPOINT [options of mm1 train]"
+    exit "$USER_ERROR"
+  fi
+  train --config "$checkpoint/config.yaml" --checkpoint.load "$checkpoint" "$@"
 }
 
 # Runs a command, and on the scheduler's signals asks the step to save and end instead of ending with it.

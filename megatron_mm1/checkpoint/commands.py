@@ -89,6 +89,7 @@ def build_convert_parser() -> argparse.ArgumentParser:
     )
     resize.add_argument("--image-size", required=True, type=positive_int, metavar="PX", help="side of the new images")
 
+    _add_conversion(commands, "merge", "merge LoRA's adapters into the weights", checkpoint=True)
     take = _add_conversion(commands, "take", "make a checkpoint of one part of a model", checkpoint=True)
     exchange = _add_conversion(commands, "replace", "exchange one part of a model", checkpoint=True)
     exchange.add_argument(

@@ -4,15 +4,17 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_mm1 import __version__
 from megatron_mm1.checkpoint.dist_checkpoint import COMMON_STATE
 from megatron_mm1.checkpoint.format import FORMAT_VERSION, OPTIMIZER_PREFIX, CheckpointMetadata
+from megatron_mm1.checkpoint.merge import merge_adapters
 from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint, write_mm1
 from megatron_mm1.checkpoint.safetensors_folder import GB, write_safetensors
 from megatron_mm1.checkpoint.summary import in_bytes, plan_table
 from megatron_mm1.checkpoint.tensors import Plan, PlanSource, Subset, copied, in_pieces
+from megatron_mm1.checkpoint.vocabulary import with_vocabulary
 from megatron_mm1.checkpoint.weights import Weights, component_of, components, open_weights, with_component
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.command_line import parse_arguments, set_override
@@ -21,6 +23,9 @@ from megatron_mm1.config.loading import load_config
 from megatron_mm1.config.serialization import from_dict, to_dict, to_yaml
 from megatron_mm1.config.validation import validate
 from megatron_mm1.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from megatron_mm1.data.tokenizer import Tokenizer
 
 TRANSFORMERS = "transformers"
 _WEIGHTS = tuple(COMPONENTS.values())
@@ -46,11 +51,15 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
         plan += weights.source.plan if isinstance(weights.source, PlanSource) else weights.plan("")
     if problems := model_problems(model):
         raise ConfigError(problems)
-    config = replace(config, model=model)
     fingerprint = ""
     if args.tokenizer is not None:
+        tokenizer = _open_tokenizer(args.tokenizer)
         config = replace(config, data=replace(config.data, tokenizer=str(args.tokenizer)))
-        fingerprint = _fingerprint(args.tokenizer)
+        fingerprint, before = tokenizer.fingerprint, model.decoder.vocab_size
+        model, plan = with_vocabulary(model, plan, vocab_size=tokenizer.vocab_size)
+        if before < model.decoder.vocab_size:
+            print(f"the vocabulary grows from {before} to {model.decoder.vocab_size} rows: {args.tokenizer} needs them")
+    config = replace(config, model=model)
     metadata = CheckpointMetadata(
         iteration=0,
         consumed_sequences=0,
@@ -66,7 +75,9 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
 def export_main(args: Namespace) -> None:
     """A checkpoint's weights, or some parts of them, as another library's folder."""
     checkpoint = MM1Checkpoint(args.checkpoint)
-    config, source = checkpoint.metadata.mm1_config(), Subset(checkpoint, _WEIGHTS)
+    config = checkpoint.metadata.mm1_config()
+    model, merged = merge_adapters(config.model, checkpoint)
+    config, source = replace(config, model=model), PlanSource(merged)
     if args.tokenizer is not None:
         config = replace(config, data=replace(config.data, tokenizer=str(args.tokenizer)))
     extra_files: Mapping[str, bytes | str] = {}
@@ -120,7 +131,7 @@ def upcycle_main(args: Namespace, config_arguments: Sequence[str]) -> None:
     """A dense checkpoint's weights with experts in place of feed-forward layers."""
     from megatron_mm1.checkpoint.upcycle import upcycle
 
-    checkpoint = MM1Checkpoint(args.checkpoint)
+    checkpoint = _without_adapters(MM1Checkpoint(args.checkpoint))
     before = checkpoint.metadata.mm1_config()
     moe = _with_options(before, config_arguments, group="model.moe").model.moe
     if moe is None:
@@ -133,16 +144,27 @@ def resize_main(args: Namespace) -> None:
     """A checkpoint's weights for images of another size."""
     from megatron_mm1.checkpoint.resize import resize
 
-    checkpoint = MM1Checkpoint(args.checkpoint)
+    checkpoint = _without_adapters(MM1Checkpoint(args.checkpoint))
     before = checkpoint.metadata.mm1_config()
     model, plan = resize(before.model, args.image_size, Subset(checkpoint, _WEIGHTS))
     metadata = _weights_only(checkpoint.metadata, replace(before, model=model))
     _write(args, plan, metadata, checkpoint, objects=checkpoint.read_objects(_WEIGHTS))
 
 
+def merge_main(args: Namespace) -> None:
+    """A checkpoint's adapters in its weights."""
+    checkpoint = MM1Checkpoint(args.checkpoint)
+    before = checkpoint.metadata.mm1_config()
+    if before.model.lora is None:
+        raise UserError(f"{checkpoint.path} has no adapters to merge: it is used as it is")
+    model, plan = merge_adapters(before.model, checkpoint)
+    metadata = _weights_only(checkpoint.metadata, replace(before, model=model))
+    _write(args, plan, metadata, checkpoint, objects=checkpoint.read_objects(_WEIGHTS))
+
+
 def take_main(args: Namespace) -> None:
     """One part of a checkpoint's model, as a checkpoint of its own."""
-    checkpoint = MM1Checkpoint(args.checkpoint)
+    checkpoint = _without_adapters(MM1Checkpoint(args.checkpoint))
     prefix = COMPONENTS[args.component]
     plan = [copied(checkpoint, name) for name in checkpoint.tensors if name.startswith(prefix)]
     if not plan:
@@ -159,9 +181,11 @@ def replace_main(args: Namespace) -> None:
     """
     from megatron_mm1.checkpoint.model_check import model_problems
 
-    base = MM1Checkpoint(args.checkpoint)
+    base = _without_adapters(MM1Checkpoint(args.checkpoint))
     before = base.metadata.mm1_config()
     other = open_weights(args.source, base=before.model, seq_length=before.data.seq_length)
+    if other.checkpoint is not None:
+        _without_adapters(other.checkpoint)
     if args.component not in other.components:
         raise UserError(f"{args.source} has no {args.component}: it holds {', '.join(other.components) or 'nothing'}")
     model = with_component(before.model, other.model, args.component)
@@ -187,6 +211,13 @@ def replace_main(args: Namespace) -> None:
         objects |= other.checkpoint.read_objects((COMPONENTS[args.component],))
     sources = [base] if other.checkpoint is None else [base, other.checkpoint]
     _write(args, plan, metadata, *sources, objects=objects)
+
+
+def _without_adapters(checkpoint: MM1Checkpoint) -> MM1Checkpoint:
+    """The checkpoint, refused where parts of a layer would be left behind."""
+    if checkpoint.metadata.mm1_config().model.lora is not None:
+        raise UserError(f"{checkpoint.path} has adapters beside its weights: merge them first, with mm1 convert merge")
+    return checkpoint
 
 
 def _keeps_training_state(base: MM1Checkpoint, other: Weights, component: str) -> bool:
@@ -289,7 +320,7 @@ def _check_tokenizer(metadata: CheckpointMetadata, tokenizer: Path) -> None:
         raise UserError(
             f"no tokenizer at {str(tokenizer)!r}: name the one the model was trained with by --tokenizer FILE"
         )
-    found, wanted = _fingerprint(tokenizer), metadata.tokenizer_fingerprint
+    found, wanted = _open_tokenizer(tokenizer).fingerprint, metadata.tokenizer_fingerprint
     if wanted and found != wanted:
         raise UserError(
             f"{tokenizer} is another tokenizer (SHA-256 {found[:12]}..) than the model was trained with "
@@ -297,10 +328,10 @@ def _check_tokenizer(metadata: CheckpointMetadata, tokenizer: Path) -> None:
         )
 
 
-def _fingerprint(tokenizer: Path) -> str:
+def _open_tokenizer(path: Path) -> "Tokenizer":
     from megatron_mm1.data.tokenizer import open_tokenizer
 
-    return open_tokenizer(str(tokenizer)).fingerprint
+    return open_tokenizer(path)
 
 
 def _write(

@@ -82,6 +82,7 @@ def _describe_checkpoint(checkpoint: MM1Checkpoint) -> dict[str, str]:
         "format": f"{metadata.format_version}, written by megatron_mm1 {metadata.code_version}",
         "step": f"{metadata.iteration:,} ({metadata.consumed_sequences:,} sequences)",
         "holds": ", ".join([*metadata.components, *(["training state"] if metadata.has_training_state else [])]),
+        "adapters": f"model.lora {asdict(config.model.lora)}" if config.model.lora else "none",
         "layout": ", ".join(f"{key} {value}" for key, value in layout.items()) or "one process",
         "tokenizer": metadata.tokenizer_fingerprint or "not known",
     }

@@ -3,10 +3,23 @@
 import math
 from collections.abc import Mapping
 
-from megatron_mm1.config.schema import DecoderConfig, Fp8Config, Fp8Recipe, ModelConfig, ParallelConfig, VisionConfig
+from megatron_mm1.config.schema import (
+    DecoderConfig,
+    Fp8Config,
+    Fp8Recipe,
+    LoraConfig,
+    MM1Config,
+    ModelConfig,
+    ParallelConfig,
+    VisionConfig,
+)
 
 COMPONENTS = {"tower": "tower.", "connector": "connector.", "decoder": "language_model."}
 """The model's parts, and what the names of their tensors begin with."""
+
+
+LORA_A, LORA_B = "lora_A", "lora_B"
+"""What an adapter's tensors are called, beside `weight` of the layer that has it."""
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int = 1) -> int:
@@ -53,6 +66,23 @@ def num_patches(vision: VisionConfig) -> int:
 def num_vision_blocks(vision: VisionConfig) -> int:
     """Blocks that are built: those after `feature_layer` are not."""
     return vision.num_layers + vision.feature_layer + 1
+
+
+def lora_targets(lora: LoraConfig | None, component: str) -> frozenset[str]:
+    """The linear layers of one of COMPONENTS that have adapters; empty: it has none."""
+    targets = {"decoder": lora.decoder_targets, "tower": lora.tower_targets} if lora is not None else {}
+    return frozenset(targets.get(component, ()))
+
+
+def frozen_weights(config: MM1Config) -> frozenset[str]:
+    """The components of which nothing is trained, or nothing but adapters."""
+    adapted = {component for component in COMPONENTS if lora_targets(config.model.lora, component)}
+    return frozenset(config.training.freeze) | adapted
+
+
+def lora_scale(lora: LoraConfig) -> float:
+    """What an adapter's output is multiplied by."""
+    return lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
 
 def smallest_world_size(parallel: ParallelConfig) -> int:

@@ -1,4 +1,4 @@
-"""Named configurations: the paper's sizes, the grid of its learning-rate law, and ours for two CPU cores.
+"""Named configurations: the paper's sizes, the grid of its learning-rate law, LLaVA-1.5, and ours for two CPU cores.
 
 [P] quoted from the paper, [M] widely reported, [C] our choice where the paper is silent (docs/facts.md).
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
+from megatron_mm1.config import llava15
 from megatron_mm1.config.choice import chosen
 from megatron_mm1.config.laws import law_parameters, peak_learning_rate, swiglu_ffn_size
 from megatron_mm1.config.schema import (
@@ -35,6 +36,7 @@ VIT_L_14_336 = VisionConfig(  # [P] the ablations' tower
 DECODER_3B = DecoderConfig(num_layers=26, hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24)  # [C]
 DECODER_7B = DecoderConfig(num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32)  # [C]
 DECODER_30B = DecoderConfig(num_layers=48, hidden_size=7168, ffn_hidden_size=19456, num_attention_heads=56)  # [C]
+LLAMA_13B = DecoderConfig(num_layers=40, hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40)
 
 MOE_3B = MoEConfig(num_moe_experts=64, moe_layer_freq=2)  # [P]
 MOE_7B = MoEConfig(
@@ -80,6 +82,21 @@ def _law_grid(name: str, *, num_layers: int, hidden_size: int) -> MM1Config:
     )
     lr = peak_learning_rate(law_parameters(num_layers, hidden_size))
     return _mm1(name, decoder=decoder, lr=float(f"{lr:.3g}"), vision=VIT_L_14_336)
+
+
+def _llava15(name: str, *, decoder: DecoderConfig) -> MM1Config:
+    """LLaVA-1.5 around a Llama, to import its parts into; the recipes llava15-align and llava15-sft train it [M]."""
+    return MM1Config(
+        name=name,
+        model=ModelConfig(
+            decoder=decoder,
+            vision=replace(VIT_L_14_336, feature_layer=-2, final_layernorm=False, image_resize="shorter_side_crop"),
+            connector=ConnectorConfig(connector="mlp", tokens_per_image=576),
+        ),
+        optimizer=llava15.sft_optimizer(),
+        data=DataConfig(tokenizer="data/tokenizer.model", seq_length=2048, max_images_per_sequence=3),
+        run_dir=f"runs/{name}",
+    )
 
 
 def _tiny(name: str) -> MM1Config:
@@ -149,6 +166,8 @@ _BUILDERS: dict[str, Callable[[str], MM1Config]] = {
     "mm1-30b": partial(_mm1, decoder=DECODER_30B, lr=2e-5, output_z_loss_coeff=1e-4),  # [M] z-loss
     "mm1-3b-moe": partial(_mm1, decoder=DECODER_3B, lr=6e-5, moe=MOE_3B),
     "mm1-7b-moe": partial(_mm1, decoder=DECODER_7B, lr=4e-5, moe=MOE_7B),
+    "llava15-7b": partial(_llava15, decoder=DECODER_7B),
+    "llava15-13b": partial(_llava15, decoder=LLAMA_13B),
 }
 
 PRESETS: tuple[str, ...] = tuple(_BUILDERS)

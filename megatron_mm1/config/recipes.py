@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from megatron_mm1.config import llava15
 from megatron_mm1.config.choice import chosen
 from megatron_mm1.config.presets import paper_sources
 from megatron_mm1.config.schema import MM1Config, OptimizerConfig, SourceConfig
@@ -58,7 +59,12 @@ def _mm1_5_mixture(config: MM1Config) -> MM1Config:
     return replace(config, data=replace(config.data, sources=paper_sources(MM1_5_MIXTURE)))
 
 
-_BUILDERS: dict[str, Callable[[MM1Config], MM1Config]] = {"sft": _sft, "mm1.5-mixture": _mm1_5_mixture}
+_BUILDERS: dict[str, Callable[[MM1Config], MM1Config]] = {
+    "sft": _sft,
+    "mm1.5-mixture": _mm1_5_mixture,
+    "llava15-align": llava15.align,
+    "llava15-sft": llava15.sft,
+}
 
 RECIPES: tuple[str, ...] = tuple(_BUILDERS)
 

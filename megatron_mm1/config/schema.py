@@ -35,9 +35,9 @@ class VisionConfig:
     """Whose output is the image feature: -1 the last block, -2 the one before (LLaVA); later blocks are not built."""
     final_layernorm: bool = True
     """Apply the tower's last layer norm to the features; LLaVA does not."""
-    image_resize: Literal["squash", "shorter_side_crop"] = "squash"
-    """How an image becomes a square: all of it resized (MM1, DFN), or its shorter side resized and the centre taken
-    (OpenAI's CLIP).
+    image_resize: Literal["squash", "shorter_side_crop", "pad"] = "squash"
+    """How an image becomes a square: all of it resized (MM1, DFN), its shorter side resized and the centre taken
+    (OpenAI's CLIP), or first padded with the mean colour and then resized (LLaVA-1.5).
     """
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -112,12 +112,35 @@ class MoEConfig:
     """How far a step moves that bias."""
 
 
+LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+"""megatron-core's names of a block's linear layers: attention's input and output, the feed-forward layer's two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): W x + scale B A x, of which A and B are trained and W is not. A decoder or
+    tower with adapters is frozen but for them; other parts are trained unless `training.freeze` names them.
+    """
+
+    rank: int
+    alpha: float
+    """The adapters' scale is alpha / rank."""
+    use_rslora: bool = False
+    """alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    dropout: float = 0.0
+    """Of an adapter's input, in training."""
+    decoder_targets: tuple[LoraTarget, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    """The decoder's layers that get adapters; one for queries, keys and values, and one for SwiGLU's gate and up."""
+    tower_targets: tuple[LoraTarget, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     decoder: DecoderConfig
     vision: VisionConfig = field(default_factory=VisionConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     moe: MoEConfig | None = None
+    lora: LoraConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +207,10 @@ class DataConfig:
     """Later mixtures of the same sources, by increasing step; before the first the sources' own weights hold."""
     mixture_unit: Literal["sequences", "tokens", "examples"] = "sequences"
     """What weights are shares of: sequences [P], filled positions (of text and images), or documents."""
-    packing: Literal["single_source", "mixed"] = "single_source"
-    """Pack each sequence from one source [P], or from all of them, which fills sequences better."""
+    packing: Literal["single_source", "mixed", "none"] = "single_source"
+    """Pack each sequence from one source [P], or from all of them, which fills sequences better; or give every document
+    sequences of its own, so that a step takes as many documents as sequences and much of each is padding.
+    """
     validation: tuple[SourceConfig, ...] = ()
     """Held-out sets; each is reported on its own, so weights are ignored here."""
     seq_length: int = 4096

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron_mm1.config import layout_rules
+from megatron_mm1.config import layout_rules, lora_rules
 from megatron_mm1.config.derived import (
     COMPONENTS,
     fp8_recipes,
@@ -38,6 +38,7 @@ MINIMUM: dict[str, int] = {
     "model.connector.hidden_size": 1,
     "model.connector.num_layers": 1,
     "model.connector.num_attention_heads": 1,
+    "model.lora.rank": 1,
     "model.moe.num_moe_experts": 1,
     "model.moe.moe_layer_freq": 1,
     "model.moe.moe_ffn_hidden_size": 1,
@@ -427,6 +428,7 @@ RULES = (
     Rule(("parallel.tensor", "parallel.context", "data.seq_length", "training.micro"), layout_rules.sequence_split),
     Rule(("parallel.pipeline", "parallel.virtual", "model.decoder.num_layers"), layout_rules.pipeline),
     Rule((), _freeze),
+    Rule((), lora_rules.lora),
     Rule((), _batch_size_ramp),
     Rule((), _device_memory),
     Rule(("data.seq_length", "data.max_images", "model.connector.tokens"), _sequence),

@@ -59,17 +59,23 @@ class _Generation(Extension):
 class ChatTemplate:
     """A template and the tokenizer whose control symbols it writes.
 
-    Text that users or assistants wrote never becomes a control symbol, whatever it spells.
+    Text that users or assistants wrote never becomes a control symbol, whatever it spells. The template may move the
+    images that `image_token` stands for in a content, as LLaVA's do.
 
     Args:
         source: the template; it marks what the assistant says with `{% generation %}`.
         origin: where it comes from, for messages.
+
+    Attributes:
+        source, origin: the template, and where it comes from.
+        ends: control symbols that it trains behind an answer, any of which ends one; none where it has none there.
 
     Raises:
         UserError: it is no template, or says nowhere what the assistant says.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, *, origin: str) -> None:
+        self.source, self.origin = source, origin
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -78,7 +84,7 @@ class ChatTemplate:
         self._variables = {
             f"{role}_token": tokenizer.symbol(token)
             for role, token in {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}.items()
-        }
+        } | {"image_token": IMAGE}
         symbols = sorted(tokenizer.controls, key=len, reverse=True)
         self._symbols = re.compile(f"(?:{'|'.join(map(re.escape, symbols))})(?!{_ORDINARY})")
         try:
@@ -91,6 +97,7 @@ class ChatTemplate:
                 f"{origin} does not say what the assistant says, and only that is trained: put {{% generation %}} and "
                 "{% endgeneration %} around it in a copy of the template, and name that (--option template=FILE)"
             )
+        self.ends = tuple(self._symbols.findall(probe[probe.rindex(_BEGIN) : probe.rindex(_END)]))
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[Text | Control | _Slot]:
         """Parts of a conversation; those inside of the template's generation blocks are trained.
@@ -101,11 +108,26 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses it, or moves, repeats or leaves out a place of an image.
         """
+        return list(self._parts(self._rendered(messages)))
+
+    def ask(self, messages: Sequence[Mapping[str, str]]) -> list[Text | Control | _Slot]:
+        """What stands in front of the assistant's next answer, just as `render` has it there.
+
+        It is cut out of the answered conversation: whatever a template makes of `add_generation_prompt`, a model is
+        asked as it was trained.
+
+        Raises:
+            TemplateError: as `render`.
+        """
+        answered = self._rendered([*messages, {"role": "assistant", "content": "a"}])
+        return list(self._parts(answered[: answered.rindex(_BEGIN)]))
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
         protected = [{**message, "content": self._protected(message["content"])} for message in messages]
         text = self._text(protected)
         if (wanted := sum(message["content"].count(IMAGE) for message in messages)) != text.count(IMAGE):
             raise TemplateError(f"the template makes {text.count(IMAGE)} of {wanted} images")
-        return list(self._parts(text))
+        return text
 
     def _protected(self, content: str) -> str:
         return self._symbols.sub(lambda symbol: symbol[0][0] + _ORDINARY + symbol[0][1:], content)

@@ -67,6 +67,7 @@ def packing_limits(config: MM1Config, tokenizer: Tokenizer) -> PackingLimits:
         lookahead=config.data.packing_lookahead,
         image_costs=None if config.data.image_tiling == "none" else ImageTokens.of(config, tokenizer).costs,
         long_documents=config.data.long_documents,
+        packed=config.data.packing != "none",
     )
 
 

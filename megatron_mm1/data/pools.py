@@ -61,6 +61,7 @@ class PackingLimits:
     Attributes:
         image_costs: None where each image is one and takes `tokens_per_image` positions.
         long_documents: see `DataConfig`.
+        packed: put documents together; else each of their pieces is a sequence.
     """
 
     seq_length: int
@@ -69,6 +70,7 @@ class PackingLimits:
     lookahead: int
     image_costs: ImageCosts | None = None
     long_documents: Literal["split", "cut", "drop"] = "split"
+    packed: bool = True
 
     def of_images(self, sizes: np.ndarray, num_images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `ImageCosts`."""
@@ -241,14 +243,17 @@ class PackedStream:
         )
         order = permutation(f"{self._key}/pool {number}", len(pieces))
         limits = self._limits
-        items, bounds = pack_best_fit(
-            lengths[order],
-            images[order],
-            seq_length=limits.seq_length,
-            max_images=limits.max_images,
-            lookahead=limits.lookahead,
-        )
-        packed = order[items]
+        if limits.packed:
+            items, bounds = pack_best_fit(
+                lengths[order],
+                images[order],
+                seq_length=limits.seq_length,
+                max_images=limits.max_images,
+                lookahead=limits.lookahead,
+            )
+            packed = order[items]
+        else:
+            packed, bounds = order, np.arange(len(order) + 1)
         sums = np.concatenate([[0], np.cumsum(images[packed])])
         return _Pool(
             pieces=pieces[packed],

@@ -12,6 +12,8 @@ import xxhash
 
 from megatron_mm1.checkpoint.format import digest_of, find_checkpoint, read_metadata
 from megatron_mm1.config import MM1Config
+from megatron_mm1.data.chat import ChatTemplate
+from megatron_mm1.data.tiling import Kind
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.answers import Responder
 from megatron_mm1.evaluation.asking import ONE_COPY, Copies, ask
@@ -23,7 +25,7 @@ from megatron_mm1.evaluation.results import Result, measure
 from megatron_mm1.evaluation.tables import console, figures_table, refusals, samples, verdicts
 from megatron_mm1.evaluation.task import build_task
 from megatron_mm1.inference.engine import Engine
-from megatron_mm1.inference.loading import AS_TRAINED, ParallelSizes, open_engine
+from megatron_mm1.inference.loading import AS_TRAINED, Chat, ParallelSizes, open_engine
 
 _JOURNAL = "finished"
 IMAGES_TOGETHER = 8
@@ -32,8 +34,8 @@ _SHOWN_REFUSALS = 5
 
 
 def evaluate_main(args: Namespace) -> None:
-    """`mm1 eval`: `args` has checkpoint, task (names), data (TASK=DIR), output, limit, shots, control, max_image_tiles
-    and the fields of `FewShot` and `ParallelSizes`.
+    """`mm1 eval`: `args` has checkpoint, task (names), data (TASK=DIR), output, limit, shots, control, image_tiling,
+    max_image_tiles, chat, chat_template and the fields of `FewShot` and `ParallelSizes`.
     """
     settings = FewShot(
         seed=args.seed,
@@ -49,7 +51,9 @@ def evaluate_main(args: Namespace) -> None:
         folders=_folders(args.data, args.task),
         limit=args.limit,
         sizes=ParallelSizes.of(args),
+        image_tiling=args.image_tiling,
         max_image_tiles=args.max_image_tiles,
+        chat=Chat.of(args),
     )
     if results is not None:
         print(samples(results))
@@ -90,7 +94,9 @@ def evaluate(
     folders: Mapping[str, Path] = MappingProxyType({}),
     limit: int | None = None,
     sizes: ParallelSizes = AS_TRAINED,
+    image_tiling: Kind | None = None,
     max_image_tiles: int | None = None,
+    chat: Chat | None = None,
 ) -> list[Result] | None:
     """Run tasks on a checkpoint; every process of the job calls this. An evaluation that was interrupted goes on.
 
@@ -101,7 +107,7 @@ def evaluate(
         series: how items are presented.
         folders: of the tasks' data, by task; not of those that know their own.
         limit: items per task at most.
-        max_image_tiles: see `open_engine`.
+        image_tiling, max_image_tiles, chat: see `open_engine`.
 
     Returns:
         The results on rank 0, None on the others.
@@ -115,15 +121,28 @@ def evaluate(
     identity = _identity(checkpoint)
     _check_resolution(series.settings, read_metadata(checkpoint).mm1_config())
     with open_engine(
-        checkpoint, sizes=sizes, images_together=IMAGES_TOGETHER, max_image_tiles=max_image_tiles
+        checkpoint,
+        sizes=sizes,
+        images_together=IMAGES_TOGETHER,
+        image_tiling=image_tiling,
+        max_image_tiles=max_image_tiles,
+        chat=chat,
     ) as engine:
         parallel = asdict(engine.config.parallel)
-        journal = Journal(output / _JOURNAL, model=_digest(identity, parallel, max_image_tiles=max_image_tiles))
+        digest = _digest(
+            identity, parallel, chat=engine.chat, image_tiling=image_tiling, max_image_tiles=max_image_tiles
+        )
+        journal = Journal(output / _JOURNAL, model=digest)
         results = run(engine, conditions, copies=copies_of(engine), journal=journal)
         sees_images, is_writer = not engine.config.data.text_only, torch.distributed.get_rank() == 0
     if not is_writer:
         return None
-    few_shot = _described(series) | ({"max_image_tiles": max_image_tiles} if max_image_tiles else {})
+    asked = {
+        "chat": None if engine.chat is None else engine.chat.origin,
+        "image_tiling": image_tiling,
+        "max_image_tiles": max_image_tiles,
+    }
+    few_shot = _described(series) | {name: value for name, value in asked.items() if value is not None}
     description = {"checkpoint": identity, "parallel": parallel, "few_shot": few_shot, "limit": limit}
     write_report(output, description, results, name=identity["name"], with_images=sees_images)
     return results
@@ -170,10 +189,18 @@ def _described(series: Series) -> dict[str, Any]:
     return {**fields, "shots": sorted(set(series.shots)), "control": series.with_control}
 
 
-def _digest(identity: Mapping[str, Any], parallel: Mapping[str, Any], *, max_image_tiles: int | None = None) -> str:
-    """Names weights, code, layout and tiling: what answers depend on, to the last digit."""
+def _digest(
+    identity: Mapping[str, Any],
+    parallel: Mapping[str, Any],
+    *,
+    chat: ChatTemplate | None = None,
+    image_tiling: Kind | None = None,
+    max_image_tiles: int | None = None,
+) -> str:
+    """Names weights, code, layout, chat template and tiling: what answers depend on, to the last digit."""
     known: tuple[Any, ...] = identity["digest"], identity["tokenizer"], identity["code_version"]
-    known += (sorted(parallel.items()), *([] if max_image_tiles is None else [max_image_tiles]))
+    others = (None if chat is None else chat.source, image_tiling, max_image_tiles)
+    known += (sorted(parallel.items()), *(one for one in others if one is not None))
     return xxhash.xxh3_64_hexdigest(repr(known).encode())
 
 

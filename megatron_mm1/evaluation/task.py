@@ -107,6 +107,7 @@ TASKS: Mapping[str, str] = {
     "coco": f"{_TASKS}.coco.CocoCaptions",
     "demo_captions": f"{_TASKS}.demo.DemoCaptions",
     "demo_questions": f"{_TASKS}.demo.DemoQuestions",
+    "demo_questions_exchanged": f"{_TASKS}.demo.DemoQuestionsExchanged",
     "docvqa": f"{_TASKS}.docvqa.DocVQA",
     "mathvista": f"{_TASKS}.mathvista.MathVista",
     "mmmu": f"{_TASKS}.mmmu.MMMU",

@@ -17,7 +17,7 @@ from megatron_mm1.errors import UserError
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.images import read_image
 from megatron_mm1.inference.jsonl import answer_fields, generation_request, read_line, scoring_request
-from megatron_mm1.inference.loading import ParallelSizes, open_engine
+from megatron_mm1.inference.loading import Chat, ParallelSizes, open_engine
 from megatron_mm1.inference.prompts import prompt_of
 from megatron_mm1.inference.requests import Failure, Generation, GenerationRequest, Sampling, Score, ScoringRequest
 from megatron_mm1.parallel.groups import launcher_ranks
@@ -29,7 +29,7 @@ _BLIND = "the model was trained with data.text_only, so it sees no images: use a
 
 def generate_main(args: Namespace) -> int:
     """`args` has checkpoint, prompt and image or input, output, max_new_tokens, stop, temperature, top_k, top_p, seed,
-    batch_size and the fields of `ParallelSizes`; the exit code.
+    batch_size, chat, chat_template and the fields of `ParallelSizes`; the exit code.
 
     Raises:
         UserError: the checkpoint, the layout, an option or the prompt cannot be used.
@@ -49,7 +49,7 @@ def generate_main(args: Namespace) -> int:
     asked = GenerationRequest(
         prompt=prompt, max_new_tokens=args.max_new_tokens, stop=tuple(args.stop), sampling=sampling
     )
-    with open_engine(args.checkpoint, sizes=ParallelSizes.of(args), batch_size=1) as engine:
+    with open_engine(args.checkpoint, sizes=ParallelSizes.of(args), batch_size=1, chat=Chat.of(args)) as engine:
         if args.image and engine.config.data.text_only:
             raise UserError(_BLIND)
         is_writer = torch.distributed.get_rank() == 0
@@ -66,7 +66,9 @@ def generate_main(args: Namespace) -> int:
 
 
 def score_main(args: Namespace) -> int:
-    """`args` has checkpoint, input, output, batch_size and the fields of `ParallelSizes`; the exit code."""
+    """`args` has checkpoint, input, output, batch_size, chat, chat_template and the fields of `ParallelSizes`; the exit
+    code.
+    """
 
     def request(number: int, fields: Mapping[str, Any], folder: Path) -> ScoringRequest:
         return scoring_request(fields, folder)
@@ -87,7 +89,9 @@ def _answer_lines[Request, Answer: Generation | Score](
     lines, folder = _read_lines(args.input)
     num_failed = 0
     with (
-        open_engine(args.checkpoint, sizes=ParallelSizes.of(args), batch_size=args.batch_size) as engine,
+        open_engine(
+            args.checkpoint, sizes=ParallelSizes.of(args), batch_size=args.batch_size, chat=Chat.of(args)
+        ) as engine,
         _writing(args.output) as file,
         _progress(len(lines), silent=args.output is None) as progress,
     ):

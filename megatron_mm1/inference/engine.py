@@ -7,6 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.derived import fp8_recipes, padded_vocab_size
+from megatron_mm1.data.chat import ChatTemplate
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.features import ImageFeatures
@@ -33,6 +34,8 @@ class Engine:
         max_positions: of prompts that go through the model in one pass.
         image_cache_bytes: of host memory for image tokens, from which the image used longest ago goes first.
         images_together: see `ImageFeatures`; for answers that are the same to the last digit whatever was asked before.
+        chat: every prompt is put to the model as what the user of a conversation says, and an answer ends where the
+            assistant's turn does; None: prompts are continued as they are.
 
     Raises:
         UserError: the model cannot be run on prompts.
@@ -49,12 +52,13 @@ class Engine:
         max_positions: int = 8192,
         image_cache_bytes: int = 4 * 2**30,
         images_together: int | None = None,
+        chat: ChatTemplate | None = None,
     ) -> None:
         check_askable(config)
-        self.config, self.tokenizer, self.pg_collection = config, tokenizer, pg_collection
+        self.config, self.tokenizer, self.pg_collection, self.chat = config, tokenizer, pg_collection, chat
         self.replica = Replica([model] if isinstance(model, torch.nn.Module) else model, pg_collection)
         self.features = ImageFeatures(config, self.replica, capacity_bytes=image_cache_bytes, together=images_together)
-        self._encode = PromptEncoder.of(config, tokenizer)
+        self._encode = PromptEncoder.of(config, tokenizer, template=chat)
         part = _vocabulary_part(config, tokenizer, pg_collection)
         self._generator = Generator(
             self.replica, self.features, part, batch_size=batch_size, max_positions=max_positions
@@ -80,7 +84,9 @@ class Engine:
             except UserError as error:
                 answers[index] = Failure(str(error))
                 continue
-            continuations.append(Continuation(index, request, prompt, tokenizer=self.tokenizer, on_text=on_text))
+            continuations.append(
+                Continuation(index, request, prompt, tokenizer=self.tokenizer, ends=self._encode.ends, on_text=on_text)
+            )
         with self.replica.answering():
             for one in self._generator.run(continuations):
                 answers[one.index] = self._undecodable(one.prompt) if one.finish_reason is None else one.result()
@@ -91,7 +97,7 @@ class Engine:
         answers: dict[int, Score | Failure] = {}
         targets = []
         for index, request in enumerate(requests):
-            ids = self.tokenizer.encode(request.continuation) + [self.tokenizer.eos_id] * request.with_end
+            ids = self.tokenizer.encode(request.continuation) + [self._encode.ends[0]] * request.with_end
             try:
                 if not ids:
                     raise UserError("the continuation is empty, and its end is not to be counted: nothing to score")

@@ -27,10 +27,11 @@ class Continuation:
 
     Args:
         index: of the request among those asked together.
+        ends: tokens that end the text.
         on_text: called with pieces of the text; None: nobody follows.
 
     Attributes:
-        token_ids: chosen so far, without the end of text.
+        token_ids: chosen so far, without the one that ended the text.
         finish_reason: None while it goes on.
     """
 
@@ -41,12 +42,13 @@ class Continuation:
         prompt: EncodedPrompt,
         *,
         tokenizer: Tokenizer,
+        ends: Sequence[int],
         on_text: TextCallback | None,
     ) -> None:
         self.index, self.request, self.prompt = index, request, prompt
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self._tokenizer, self._on_text = tokenizer, on_text
+        self._tokenizer, self._ends, self._on_text = tokenizer, ends, on_text
         self._random = random.Random(request.sampling.seed)
         followed = on_text is not None or request.stop
         self._output = OutputText(tokenizer.decode, request.stop) if followed else None
@@ -67,7 +69,7 @@ class Continuation:
 
     def add(self, token: int) -> None:
         """The token chosen next."""
-        if token == self._tokenizer.eos_id:
+        if token in self._ends:
             self.finish_reason = "end"
         else:
             self.token_ids.append(token)

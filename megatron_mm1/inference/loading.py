@@ -11,7 +11,9 @@ import torch
 from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
 from megatron_mm1.config import Fp8Config, MM1Config
 from megatron_mm1.config.validation import validate
-from megatron_mm1.data.tokenizer import open_tokenizer
+from megatron_mm1.data.chat import ChatTemplate, find_template, read_template
+from megatron_mm1.data.tiling import Kind
+from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.parallel.device import layer_backend
@@ -43,6 +45,30 @@ class ParallelSizes:
 AS_TRAINED = ParallelSizes()
 
 
+@dataclass(frozen=True)
+class Chat:
+    """Prompts are what the user of a conversation says.
+
+    Attributes:
+        template: a file, as `mm1 data prepare --reader chat` takes it; None: the one that belongs to the tokenizer.
+    """
+
+    template: Path | None = None
+
+    @classmethod
+    def of(cls, args: Namespace) -> "Chat | None":
+        """From the command-line arguments chat and chat_template; None where neither is given."""
+        return cls(args.chat_template) if args.chat or args.chat_template is not None else None
+
+    def open(self, tokenizer: Tokenizer) -> ChatTemplate:
+        """Raises UserError: there is no template, or it cannot be used."""
+        if self.template is None:
+            source, origin = find_template(tokenizer)
+        else:
+            source, origin = read_template(self.template), str(self.template)
+        return ChatTemplate(source, tokenizer, origin=origin)
+
+
 @contextmanager
 def open_engine(
     checkpoint: Path,
@@ -50,28 +76,35 @@ def open_engine(
     sizes: ParallelSizes = AS_TRAINED,
     batch_size: int = 64,
     images_together: int | None = None,
+    image_tiling: Kind | None = None,
     max_image_tiles: int | None = None,
+    chat: Chat | None = None,
 ) -> Iterator[Engine]:
     """Join the job, load the checkpoint's weights, and leave the job when the block ends.
 
     Args:
         checkpoint: a checkpoint, or a folder of them (the newest is taken).
         batch_size, images_together: see `Engine`.
-        max_image_tiles: of a dynamic grid, instead of what the model was trained with (MM1.5 asks with up to 16 [P]).
+        image_tiling: how images become tiles, instead of what the model was trained with.
+        max_image_tiles: of a dynamic grid, instead of the same (MM1.5 asks with up to 16 [P]).
+        chat: for a model that was trained on conversations.
 
     Raises:
-        UserError: the checkpoint, its tokenizer, the layout or so many tiles cannot be used.
+        UserError: the checkpoint, its tokenizer or chat template, the layout or so many tiles cannot be used.
     """
     checkpoint = find_checkpoint(checkpoint)
     metadata = read_metadata(checkpoint)
     world_size = launcher_ranks()[1]
     config = inference_config(metadata.mm1_config(), sizes=sizes, world_size=world_size)
+    if image_tiling is not None:
+        config = with_tiling(config, image_tiling)
     if max_image_tiles is not None:
         config = with_grids(config, max_image_tiles=max_image_tiles)
     validate(config, world_size=world_size)
     backend = layer_backend(config)
     tokenizer = open_tokenizer(config.data.tokenizer)
     check_tokenizer(metadata, tokenizer.fingerprint)
+    template = None if chat is None else chat.open(tokenizer)
     initialize_process_group(timeout_minutes=config.parallel.distributed_timeout_minutes)
     try:
         groups = build_process_groups(config.parallel, seed=config.training.seed)
@@ -85,11 +118,24 @@ def open_engine(
             pg_collection=groups,
             batch_size=batch_size,
             images_together=images_together,
+            chat=template,
         )
         torch.distributed.barrier()
         destroy_process_groups()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def with_tiling(config: MM1Config, kind: Kind) -> MM1Config:
+    """A model that cuts images into tiles in another way than in training, or not at all."""
+    most = {"none": 1, "overview_and_crops": 5, "dynamic": config.data.max_image_tiles + 1}[kind]
+    tiled = replace(
+        config.data,
+        image_tiling=kind,
+        tile_indicators=config.data.tile_indicators and kind != "none",
+        max_images_per_sequence=max(config.data.max_images_per_sequence, most),  # one image must fit
+    )
+    return replace(config, data=tiled)
 
 
 def with_grids(config: MM1Config, *, max_image_tiles: int) -> MM1Config:

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.data import chat
+from megatron_mm1.data.chat import ChatTemplate, TemplateError
 from megatron_mm1.data.image_headers import UnusableImage
 from megatron_mm1.data.image_headers import image_size as size_of
 from megatron_mm1.data.image_tokens import ImageTokens
-from megatron_mm1.data.records import Image, Text
+from megatron_mm1.data.records import Control, Image, Text
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.requests import ImageOfSize, Prompt, WholeImage
@@ -71,6 +73,7 @@ class PromptEncoder:
         fixed_size: whether the connector takes images of one size only.
         limit: positions that the model was trained with.
         text_only: images are left out, for a model that never saw one.
+        template: prompts are what the user of a conversation says, which it writes; None: they are the text itself.
     """
 
     tokenizer: Tokenizer
@@ -80,9 +83,10 @@ class PromptEncoder:
     fixed_size: bool
     limit: int
     text_only: bool
+    template: ChatTemplate | None = None
 
     @staticmethod
-    def of(config: MM1Config, tokenizer: Tokenizer) -> "PromptEncoder":
+    def of(config: MM1Config, tokenizer: Tokenizer, *, template: ChatTemplate | None = None) -> "PromptEncoder":
         vision, connector = config.model.vision, config.model.connector
         return PromptEncoder(
             tokenizer=tokenizer,
@@ -92,16 +96,28 @@ class PromptEncoder:
             fixed_size=connector.connector == "mlp",  # one token for each patch
             limit=config.data.seq_length,
             text_only=config.data.text_only,
+            template=template,
         )
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end what is generated; a text that is scored ends with the first."""
+        symbols = () if self.template is None else self.template.ends
+        return tuple(dict.fromkeys([*map(self.tokenizer.control_id, symbols), self.tokenizer.eos_id]))
 
     def __call__(self, prompt: Prompt, *, new_tokens: int) -> EncodedPrompt:
         """Encode a prompt behind which there shall be room for `new_tokens`.
 
         Raises:
-            UserError: there is not, an image has a size that cannot be, or the tokenizer lacks a control symbol.
+            UserError: there is not, an image has a size that cannot be, the tokenizer lacks a control symbol, or the
+                chat template refuses the prompt.
         """
         keys = iter(() if self.text_only else self._keys([part for part in prompt if isinstance(part, Image)]))
-        tokens, images = [self.tokenizer.bos_id], list[PromptImage]()
+        tokens, images = list[int](), list[PromptImage]()
+        if self.template is None:
+            tokens.append(self.tokenizer.bos_id)
+        else:
+            prompt = said_by_user(prompt, self.template)
         for part in prompt:
             if isinstance(part, Text):
                 tokens += self.tokenizer.encode(part.text)
@@ -174,3 +190,22 @@ def prompt_of(text: str, images: Sequence[Image]) -> Prompt:
         parts += [Text(piece)] if piece else []
         parts += images[number : number + 1]
     return parts
+
+
+def said_by_user(prompt: Prompt, template: ChatTemplate) -> Prompt:
+    """A conversation in which the user says `prompt`, up to where the assistant answers.
+
+    Raises:
+        UserError: the template refuses it, or the prompt holds what only templates write.
+    """
+    images = [part for part in prompt if isinstance(part, Image)]
+    for part in prompt:
+        if isinstance(part, Control) or (isinstance(part, Text) and not chat.MARKS.isdisjoint(part.text)):
+            raise UserError(f"in a conversation a prompt is text and images, and {part!a} is not: leave it out")
+    content = "".join(part.text if isinstance(part, Text) else chat.IMAGE for part in prompt)
+    try:
+        parts = template.ask([{"role": "user", "content": content}])
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses the prompt: {error}") from error
+    shown = iter(images)
+    return [next(shown) if part is chat.IMAGE_SLOT else part for part in parts]  # type: ignore[misc]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_mm1.config import Fp8Config, MM1Config, TrainingConfig
 from megatron_mm1.config.derived import fp8_recipes, padded_vocab_size
+from megatron_mm1.model.lora import Adapters
 from megatron_mm1.model.output_loss import cross_entropy_with_z_loss
 from megatron_mm1.model.precision import fp8_settings
 from megatron_mm1.model.specs import decoder_stack_spec
@@ -167,6 +168,7 @@ def build_decoder(
             context_parallel=config.parallel.context_parallel_size > 1,
             experts_recipe=fp8_recipes(config.fp8)["experts"],
             attention_kernel=config.training.attention_kernel,
+            adapters=Adapters.of(config.model.lora, "decoder"),
         ),
         vocab_size=padded_vocab_size(decoder.vocab_size, config.parallel.tensor_model_parallel_size),
         max_sequence_length=config.data.seq_length,

@@ -1,7 +1,7 @@
 """MM1Model: tower -> connector -> decoder, with image tokens injected into the decoder's input."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.config.derived import COMPONENTS, frozen_weights, lora_targets
 from megatron_mm1.data.batch import ImageGroup, PackedBatch
 from megatron_mm1.model.attention import segment_mask
 from megatron_mm1.model.connectors import Linear, build_connector
 from megatron_mm1.model.decoder import build_decoder, decoder_transformer_config
+from megatron_mm1.model.lora import Adapters, draw_adapters, is_adapter, with_gradient
 from megatron_mm1.model.precision import input_row_multiple, multiplying, with_recipe
 from megatron_mm1.model.router import IMAGE, PADDING, TEXT, Router
 from megatron_mm1.model.vision import build_tower, vision_layer_spec, vision_transformer_config
@@ -80,7 +82,9 @@ class MM1Model(MegatronModule):
             post_process=self.post_process,
             vp_stage=vp_stage,
         )
-        self._freeze(config.training.freeze)
+        draw_adapters(self, seed=config.training.seed)
+        self._freeze(frozen_weights(config))
+        self.input_needs_gradient = bool(lora_targets(config.model.lora, "decoder"))
 
     def _build_vision(self, config: MM1Config) -> None:
         vision, groups = config.model.vision, copy.copy(self.pg_collection)
@@ -98,7 +102,11 @@ class MM1Model(MegatronModule):
                 recompute=config.training.vision_recompute,
                 fp8_recipe=config.fp8.tower_recipe,
             ),
-            layer_spec=vision_layer_spec(self.backend, attention_kernel=config.training.attention_kernel),
+            layer_spec=vision_layer_spec(
+                self.backend,
+                attention_kernel=config.training.attention_kernel,
+                adapters=Adapters.of(config.model.lora, "tower"),
+            ),
             pg_collection=groups,
         )
         if self.vision_group is not None:
@@ -119,11 +127,12 @@ class MM1Model(MegatronModule):
 
         return partial(PaddedLinear, row_multiple=input_row_multiple(self.connector_config))
 
-    def _freeze(self, components: Sequence[str]) -> None:
-        """Take components out of training: they are then in no graph, gradient buffer or optimizer."""
-        attributes = {"tower": "tower", "connector": "connector", "decoder": "language_model"}
-        for parameter in self._parameters_of(*(attributes[component] for component in components)):
-            parameter.requires_grad_(False)
+    def _freeze(self, components: Collection[str]) -> None:
+        """Take components, but for their adapters, out of training, gradient buffers and optimizer."""
+        prefixes = tuple(COMPONENTS[component] for component in components)
+        for name, parameter in self.named_parameters():
+            if name.startswith(prefixes) and not is_adapter(name):
+                parameter.requires_grad_(False)
         for module in self.language_model.modules():
             if isinstance(module, Router):
                 module.frozen_expert_bias = "decoder" in components
@@ -197,7 +206,7 @@ class MM1Model(MegatronModule):
         for group, features in zip(groups, image_tokens, strict=True):
             features = features.flatten(0, 1).unsqueeze(1)
             embeddings = embeddings.index_copy(0, group.slots.flatten(), features.to(embeddings.dtype))
-        return embeddings
+        return with_gradient(embeddings) if self.input_needs_gradient else embeddings
 
     def _encode_group(self, group: ImageGroup) -> Tensor:
         assert group.pixels is not None, "the first pipeline stage needs the pixels of every image"

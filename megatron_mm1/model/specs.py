@@ -32,6 +32,7 @@ from megatron_mm1.config.schema import AttentionKernel, Fp8Recipe
 from megatron_mm1.model.activations import SwiGLU
 from megatron_mm1.model.attention import LocalAttention
 from megatron_mm1.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
+from megatron_mm1.model.lora import NO_ADAPTERS, Adapters
 from megatron_mm1.model.norms import LocalNorm
 from megatron_mm1.model.packed_attention import PackedAttention
 from megatron_mm1.model.precision import making_weights, with_recipe
@@ -56,8 +57,9 @@ class LocalHybridStack(HybridStack):
 
 
 @dataclass(frozen=True)
-class _Modules:
-    """What the two backends build a layer from; `fused_norm`: the norm before a linear layer is part of it."""
+class LayerModules:
+    """What the two backends build a layer from; `norm_and_column`: a column-parallel layer and the norm in front of it
+    in one module, where there is one."""
 
     stack: type
     norm: type
@@ -66,12 +68,21 @@ class _Modules:
     core_attention: type
     mask: AttnMaskType
     activation: type | None
-    fused_norm: bool
+    norm_and_column: type | None = None
+
+    def normed_column(self, name: str, adapters: Adapters) -> tuple[Any, Any]:
+        """What builds the norm in front of a column-parallel layer, and that layer; adapters need what is between."""
+        if self.norm_and_column is not None and name not in adapters.targets:
+            return IdentityOp, self.norm_and_column
+        return self.norm, adapters.column(name, self.column_parallel)
 
 
-def _modules(backend: str, *, context_parallel: bool, attention_kernel: AttentionKernel) -> _Modules:
+def layer_modules(
+    backend: str, *, context_parallel: bool = False, attention_kernel: AttentionKernel = "torch"
+) -> LayerModules:
+    """A backend's; the arguments are those of `decoder_stack_spec`."""
     if backend == "local":
-        return _Modules(
+        return LayerModules(
             stack=LocalHybridStack,
             norm=LocalNorm,
             column_parallel=LocalColumnParallelLinear,
@@ -79,7 +90,6 @@ def _modules(backend: str, *, context_parallel: bool, attention_kernel: Attentio
             core_attention=LocalAttention,
             mask=AttnMaskType.arbitrary,  # the mask given at run time says everything
             activation=SwiGLU,
-            fused_norm=False,
         )
     from megatron.core.extensions import transformer_engine as te
 
@@ -88,15 +98,15 @@ def _modules(backend: str, *, context_parallel: bool, attention_kernel: Attentio
         from megatron_mm1.model.te_attention import ContextParallelAttention, KernelAttention
 
         core_attention = ContextParallelAttention if context_parallel else KernelAttention
-    return _Modules(
+    return LayerModules(
         stack=HybridStack,
         norm=te.TENorm,
-        column_parallel=te.TELayerNormColumnParallelLinear,
+        column_parallel=te.TEColumnParallelLinear,
         row_parallel=te.TERowParallelLinear,
         core_attention=core_attention,
         mask=AttnMaskType.padding_causal,
         activation=None,  # megatron-core fuses it
-        fused_norm=True,
+        norm_and_column=te.TELayerNormColumnParallelLinear,
     )
 
 
@@ -107,6 +117,7 @@ def decoder_stack_spec(
     context_parallel: bool = False,
     experts_recipe: Fp8Recipe = "bf16",
     attention_kernel: AttentionKernel = "torch",
+    adapters: Adapters = NO_ADAPTERS,
 ) -> ModuleSpec:
     """The decoder's stack: one layer spec per symbol of the layer pattern (`*` attention, `-` dense FFN, `E` experts).
 
@@ -116,28 +127,32 @@ def decoder_stack_spec(
         context_parallel: ranks share the positions of a sequence.
         experts_recipe: how experts multiply, with Transformer Engine.
         attention_kernel: whose kernels attention runs, with Transformer Engine.
+        adapters: of attention and of dense feed-forward layers.
     """
-    modules = _modules(backend, context_parallel=context_parallel, attention_kernel=attention_kernel)
-    norm = IdentityOp if modules.fused_norm else modules.norm
+    modules = layer_modules(backend, context_parallel=context_parallel, attention_kernel=attention_kernel)
+    input_norm, linear_qkv = modules.normed_column("linear_qkv", adapters)
+    pre_mlp_norm, linear_fc1 = modules.normed_column("linear_fc1", adapters)
     qk_norm = modules.norm if qk_layernorm else None
     attention = SelfAttentionSubmodules(
-        linear_qkv=modules.column_parallel,
+        linear_qkv=linear_qkv,
         core_attention=modules.core_attention,
-        linear_proj=modules.row_parallel,
+        linear_proj=adapters.row("linear_proj", modules.row_parallel),
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
     attention_layer = TransformerLayerSubmodules(
-        input_layernorm=norm,
+        input_layernorm=input_norm,
         self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": modules.mask}, submodules=attention),
         self_attn_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
     )
     mlp = MLPSubmodules(
-        linear_fc1=modules.column_parallel, linear_fc2=modules.row_parallel, activation_func=modules.activation
+        linear_fc1=linear_fc1,
+        linear_fc2=adapters.row("linear_fc2", modules.row_parallel),
+        activation_func=modules.activation,
     )
     mlp_layer = TransformerLayerSubmodules(
-        pre_mlp_layernorm=norm,
+        pre_mlp_layernorm=pre_mlp_norm,
         mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},

@@ -14,7 +14,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -25,12 +24,12 @@ from megatron_mm1.config.derived import num_vision_blocks
 from megatron_mm1.config.schema import AttentionKernel, Fp8Recipe, ParallelConfig, VisionConfig
 from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.extension import resolve
-from megatron_mm1.model.attention import LocalAttention
-from megatron_mm1.model.linear import LocalColumnParallelLinear, LocalRowParallelLinear
+from megatron_mm1.model.lora import NO_ADAPTERS, Adapters, with_gradient
 from megatron_mm1.model.norms import LocalNorm
-from megatron_mm1.model.packed_attention import EqualExamples, PackedAttention
+from megatron_mm1.model.packed_attention import EqualExamples
 from megatron_mm1.model.positions import interpolate_positions
 from megatron_mm1.model.precision import fp8_settings, input_row_multiple
+from megatron_mm1.model.specs import layer_modules
 from megatron_mm1.parallel.device import device
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -115,41 +114,37 @@ def vision_transformer_config(
     )
 
 
-def vision_layer_spec(backend: str, *, attention_kernel: AttentionKernel = "torch") -> ModuleSpec:
+def vision_layer_spec(
+    backend: str, *, attention_kernel: AttentionKernel = "torch", adapters: Adapters = NO_ADAPTERS
+) -> ModuleSpec:
     """The modules of one pre-norm encoder layer.
 
     Args:
         backend: "local" or "transformer_engine", as `parallel.device.layer_backend` resolves it.
         attention_kernel: whose kernels attention runs, with Transformer Engine.
+        adapters: of its linear layers.
     """
-    attention: type
-    if backend == "local":
-        norm, fused_norm_names = LocalNorm, dict(FUSED_NORM_NAMES)
-        column, row, attention = LocalColumnParallelLinear, LocalRowParallelLinear, LocalAttention
-    else:
-        from megatron.core.extensions import transformer_engine as te
-
-        norm, fused_norm_names = IdentityOp, {}
-        column, row = te.TELayerNormColumnParallelLinear, te.TERowParallelLinear
-        attention = PackedAttention
-        if attention_kernel == "transformer_engine":
-            from megatron_mm1.model.te_attention import KernelAttention
-
-            attention = KernelAttention
+    modules = layer_modules(backend, attention_kernel=attention_kernel)
+    input_norm, linear_qkv = modules.normed_column("linear_qkv", adapters)
+    pre_mlp_norm, linear_fc1 = modules.normed_column("linear_fc1", adapters)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=linear_qkv,
+        core_attention=modules.core_attention,
+        linear_proj=adapters.row("linear_proj", modules.row_parallel),
+    )
+    mlp = MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=adapters.row("linear_fc2", modules.row_parallel))
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=input_norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.no_mask},
-                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=attention, linear_proj=row),
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            pre_mlp_layernorm=pre_mlp_norm,
+            mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=fused_norm_names,
+            sharded_state_dict_keys_map=dict(FUSED_NORM_NAMES),
         ),
     )
 
@@ -284,6 +279,8 @@ class VisionTower(MegatronModule):
         )
         if self.pre_layernorm is not None:
             hidden_states = self.pre_layernorm(hidden_states)
+        if any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            hidden_states = with_gradient(hidden_states)  # where adapters are all that is trained
         features = self._blocks(hidden_states)[:, prefix:]
         if self.final_layernorm is not None:
             features = self.final_layernorm(features)

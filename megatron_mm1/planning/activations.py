@@ -4,6 +4,7 @@ Counted are the inputs of norms, linear layers and activations, and what attenti
 keep no scores. FP8 layers keep their inputs in FP8; counting them as bf16 leaves room for the copies made meanwhile.
 """
 
+from collections.abc import Sequence
 from itertools import batched
 
 from megatron_mm1.config.derived import (
@@ -15,6 +16,7 @@ from megatron_mm1.config.derived import (
     padded_vocab_size,
 )
 from megatron_mm1.config.schema import MM1Config
+from megatron_mm1.planning.adapters import Adapter, layer_adapters, tower_block_adapters
 from megatron_mm1.planning.gemms import (
     images_per_rank,
     positions_per_rank,
@@ -85,7 +87,16 @@ def _layer(config: MM1Config, layer: str) -> int:
     if layer == "*" or not (is_selective and name in training.recompute_modules):
         values = _attention_values(config) if layer == "*" else _feed_forward_values(config, layer)
         inner = positions_per_rank(config) * values * element_size(config) // size
+        inner += positions_per_rank(config) * _adapter_values(config, layer_adapters(config.model, layer), size)
     return 2 * _hidden(config) + inner
+
+
+def _adapter_values(config: MM1Config, adapters: Sequence[Adapter], size: int) -> int:
+    """Bytes of a position that adapters keep: A x and, with dropout, its input and which of it was dropped."""
+    dropout = config.model.lora is not None and config.model.lora.dropout > 0
+    low = 2 * sum(adapter.rank for adapter in adapters)  # as it is and scaled
+    inputs = sum(adapter.inputs_on(size) for adapter in adapters) if dropout else 0
+    return element_size(config) * low + (element_size(config) + 1) * inputs
 
 
 def _attention_values(config: MM1Config) -> int:
@@ -111,10 +122,11 @@ def _tower(config: MM1Config) -> int:
     """Bytes of an image: an activation such as quick GELU keeps its argument, the sigmoid of that and the product."""
     vision, size = config.model.vision, vision_tensor_parallel_size(config)
     tokens, width = num_patches(vision) + vision.class_token, vision.hidden_size
-    block = 4 * width + (4 * width + 3 * vision.ffn_hidden_size) // size
+    block = element_size(config) * (4 * width + (4 * width + 3 * vision.ffn_hidden_size) // size)
+    block += _adapter_values(config, tower_block_adapters(config.model), size)
     blocks = num_vision_blocks(vision)
-    values = blocks * width + block if config.training.vision_recompute else blocks * block
-    return element_size(config) * tokens * values
+    recomputed = blocks * width * element_size(config) + block
+    return tokens * (recomputed if config.training.vision_recompute else blocks * block)
 
 
 def _connector(config: MM1Config) -> int:

@@ -1,20 +1,24 @@
 """Model FLOPs of a training step, from the configuration alone.
 
 A multiply-add is 2 FLOPs and the backward pass costs twice the forward one, so a product [m, k] x [k, n] counts
-6 m k n. Recomputed activations do not count. A tower of the user's own counts as a ViT of the configured shape, a
+6 m k n, and 4 m k n beside adapters (`model.lora`), where the weight is frozen. Recomputed activations do not count,
+and what `training.freeze` leaves out does. A tower of the user's own counts as a ViT of the configured shape, a
 connector as `mlp`.
 """
 
 from megatron_mm1.config.derived import (
+    block_pattern,
     expert_ffn_size,
     head_dim,
     is_moe_block,
+    lora_targets,
     num_patches,
     num_query_groups,
     num_vision_blocks,
     padded_vocab_size,
 )
-from megatron_mm1.config.schema import ModelConfig, VisionConfig
+from megatron_mm1.config.schema import ModelConfig
+from megatron_mm1.planning.adapters import layer_adapters, tower_block_adapters
 
 _FORWARD_AND_BACKWARD = 3
 
@@ -32,42 +36,53 @@ def decoder_block_flops(
         seq_length: S.
         segment_length: L, the mean length of the packed examples; None: S.
     """
-    decoder = model.decoder
+    decoder, layers = model.decoder, block_pattern(model)[2 * block : 2 * block + 2]
     hidden, dim = decoder.hidden_size, head_dim(decoder)
     query, key_value = decoder.num_attention_heads * dim, num_query_groups(decoder) * dim
     length = seq_length if segment_length is None else segment_length
-    attention = 2 * hidden * (query + 2 * key_value) + 2 * query * hidden + 2 * query * length
+    projections = 2 * hidden * (query + 2 * key_value) + 2 * query * hidden
     if model.moe is not None and is_moe_block(model, block):
         feed_forward = 2 * hidden * model.moe.num_moe_experts
         feed_forward += model.moe.moe_router_topk * 6 * hidden * expert_ffn_size(model)
     else:
         feed_forward = 6 * hidden * decoder.ffn_hidden_size
-    return _FORWARD_AND_BACKWARD * seq_length * (attention + feed_forward)
+    weights = _passes(model, "decoder") * (projections + feed_forward)
+    adapters = 2 * sum(adapter.parameters() for layer in layers for adapter in layer_adapters(model, layer))
+    return seq_length * (weights + _FORWARD_AND_BACKWARD * (2 * query * length + adapters))
 
 
 def output_flops(model: ModelConfig, *, seq_length: int) -> float:
     """FLOPs of the output layer on one sequence, forward and backward: 6 S d V with the padded vocabulary V."""
     decoder = model.decoder
-    return _FORWARD_AND_BACKWARD * 2 * seq_length * decoder.hidden_size * padded_vocab_size(decoder.vocab_size)
+    passes = _passes(model, "decoder")
+    return passes * 2 * seq_length * decoder.hidden_size * padded_vocab_size(decoder.vocab_size)
 
 
-def tower_flops(vision: VisionConfig) -> float:
+def tower_flops(model: ModelConfig) -> float:
     """FLOPs of the tower on one image, forward and backward.
 
     Forward, for N patches of p x p px, T = N (+ 1 with a class token), width C and feed-forward F: 6 N p^2 C for the
     patches; per block 8 T C^2 + 4 T C F for its linear layers and 4 T^2 C for full attention.
     """
+    vision, passes = model.vision, _passes(model, "tower")
     patches, width = num_patches(vision), vision.hidden_size
     tokens = patches + vision.class_token
     patch_embedding = 6 * patches * vision.patch_size**2 * width
-    block = 8 * tokens * width**2 + 4 * tokens * width * vision.ffn_hidden_size + 4 * tokens**2 * width
-    # Pixels need no gradient, so the patch embedding has one backward product instead of two.
-    return _FORWARD_AND_BACKWARD * (patch_embedding + num_vision_blocks(vision) * block) - patch_embedding
+    linear = 8 * tokens * width**2 + 4 * tokens * width * vision.ffn_hidden_size
+    adapters = 2 * tokens * sum(adapter.parameters() for adapter in tower_block_adapters(model))
+    block = passes * linear + _FORWARD_AND_BACKWARD * (4 * tokens**2 * width + adapters)
+    # Pixels need no gradient, so the patch embedding has a product less.
+    return (passes - 1) * patch_embedding + num_vision_blocks(vision) * block
+
+
+def _passes(model: ModelConfig, component: str) -> int:
+    """Products of a weight and its input or gradients: the gradient of a weight beside adapters is left out."""
+    return _FORWARD_AND_BACKWARD - bool(lora_targets(model.lora, component))
 
 
 def vision_flops(model: ModelConfig) -> float:
     """FLOPs of tower and connector on one image, forward and backward."""
-    return tower_flops(model.vision) + _FORWARD_AND_BACKWARD * _connector_forward(model)
+    return tower_flops(model) + _FORWARD_AND_BACKWARD * _connector_forward(model)
 
 
 def decoder_flops(model: ModelConfig, *, seq_length: int, segment_length: float | None = None) -> float:

@@ -7,7 +7,7 @@ data-parallel ranks at the same place in the pipeline take the same, so there is
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from megatron_mm1.config.derived import fp8_recipes, padded_vocab_size
+from megatron_mm1.config.derived import fp8_recipes, frozen_weights, padded_vocab_size
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.errors import ConfigError
 from megatron_mm1.planning.activations import (
@@ -127,13 +127,15 @@ def _rank_memory(config: MM1Config, rank: int, *, world_size: int) -> RankMemory
 
 def _trained(config: MM1Config, parameters: RankParameters) -> RankParameters:
     """Without what is frozen throughout."""
-    frozen = config.training.freeze
+    frozen = frozen_weights(config)
     return RankParameters(
         tower=0 if "tower" in frozen else parameters.tower,
         connector=0 if "connector" in frozen else parameters.connector,
         decoder=0 if "decoder" in frozen else parameters.decoder,
         experts=0 if "decoder" in frozen else parameters.experts,
         embedding=0 if "decoder" in frozen else parameters.embedding,
+        tower_adapters=parameters.tower_adapters,
+        decoder_adapters=parameters.decoder_adapters,
     )
 
 

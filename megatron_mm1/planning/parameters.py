@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_mm1.config.derived import (
+    block_pattern,
     expert_ffn_size,
     head_dim,
     num_moe_blocks,
@@ -13,6 +14,7 @@ from megatron_mm1.config.derived import (
 )
 from megatron_mm1.config.schema import ConnectorConfig, ModelConfig, VisionConfig
 from megatron_mm1.errors import UserError
+from megatron_mm1.planning.adapters import layer_adapters, tower_block_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class ParameterCounts:
         experts: all experts of all blocks.
         active_experts: of those, what one token passes through.
         output: the output layer; 0 where it is tied to the embedding.
+        adapters: of `model.lora`, all of decoder and tower.
     """
 
     vision: int
@@ -35,6 +38,7 @@ class ParameterCounts:
     experts: int
     active_experts: int
     output: int
+    adapters: int = 0
 
     @property
     def non_embedding(self) -> int:
@@ -43,7 +47,8 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        return self.vision + self.connector + self.embedding + self.non_embedding + self.output
+        parts = self.vision + self.connector + self.embedding + self.non_embedding + self.output
+        return parts + self.adapters
 
     @property
     def active(self) -> int:
@@ -77,7 +82,14 @@ def count_parameters(model: ModelConfig, *, tensor_model_parallel_size: int = 1)
         experts=experts,
         active_experts=active,
         output=vocabulary if decoder.untie_embeddings_and_output_weights else 0,
+        adapters=_adapters(model),
     )
+
+
+def _adapters(model: ModelConfig) -> int:
+    in_decoder = [adapter for layer in block_pattern(model) for adapter in layer_adapters(model, layer)]
+    in_tower = num_vision_blocks(model.vision) * tower_block_adapters(model)
+    return sum(adapter.parameters() for adapter in in_decoder + in_tower)
 
 
 def vision_parameters(vision: VisionConfig) -> int:

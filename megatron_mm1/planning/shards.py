@@ -11,6 +11,7 @@ from megatron_mm1.config.derived import (
     padded_vocab_size,
 )
 from megatron_mm1.config.schema import MM1Config, VisionConfig
+from megatron_mm1.planning.adapters import layer_adapters, tower_block_adapters
 from megatron_mm1.planning.gemms import vision_tensor_parallel_size
 from megatron_mm1.planning.parameters import connector_parameters, vision_parameters
 from megatron_mm1.planning.stages import layer_pattern
@@ -25,6 +26,7 @@ class RankParameters:
         decoder: layers and norms without experts; routers are in.
         experts: local ones.
         embedding: the rank's rows of the token embedding and of the output layer.
+        tower_adapters, decoder_adapters: of `model.lora`, in none of the others.
     """
 
     tower: int
@@ -32,11 +34,14 @@ class RankParameters:
     decoder: int
     experts: int
     embedding: int
+    tower_adapters: int = 0
+    decoder_adapters: int = 0
 
     @property
     def dense(self) -> int:
         """Those that every data-parallel rank has a copy of; experts have fewer copies."""
-        return self.tower + self.connector + self.decoder + self.embedding
+        weights = self.tower + self.connector + self.decoder + self.embedding
+        return weights + self.tower_adapters + self.decoder_adapters
 
     @property
     def total(self) -> int:
@@ -78,7 +83,18 @@ def rank_parameters(config: MM1Config, pipeline_rank: int) -> RankParameters:
         decoder=in_decoder,
         experts=experts,
         embedding=tables * rows,
+        tower_adapters=_tower_adapters(config) if is_first else 0,
+        decoder_adapters=sum(
+            adapter.parameters(size) for layer in layers.elements() for adapter in layer_adapters(model, layer)
+        ),
     )
+
+
+def _tower_adapters(config: MM1Config) -> int:
+    each = sum(
+        adapter.parameters(vision_tensor_parallel_size(config)) for adapter in tower_block_adapters(config.model)
+    )
+    return num_vision_blocks(config.model.vision) * each
 
 
 def _attention(config: MM1Config) -> int:

@@ -50,7 +50,9 @@ def _by_task(file: Path) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # An evaluation that is still running may have written half of its last line.
+    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    for number, line in enumerate(whole.splitlines(), start=1):
         try:
             row = json.loads(line)
         except ValueError:

@@ -22,6 +22,7 @@ from megatron_mm1.checkpoint.safe_pickle import check_checkpoint, object_names
 from megatron_mm1.config import MM1Config
 from megatron_mm1.config.derived import COMPONENTS
 from megatron_mm1.errors import UserError
+from megatron_mm1.model.lora import is_adapter
 from megatron_mm1.model.mm1 import MM1Model
 from megatron_mm1.parallel.device import device
 from megatron_mm1.training import format_1
@@ -72,14 +73,17 @@ def load_weights(
 ) -> tuple[str, ...]:
     """Load the weights of a rank's stages into this layout, whatever layout they were saved from.
 
+    A model's adapters keep their initial weights where the checkpoint has none.
+
     Returns:
         The components that the checkpoint lacks, which keep the weights they have.
 
     Raises:
         UserError: a file is damaged, or tensors are missing or of another shape.
     """
-    present = read_metadata(checkpoint).components
-    state = _model_state(model, pg_collection, components=present)
+    metadata = read_metadata(checkpoint)
+    present, has_adapters = metadata.components, metadata.mm1_config().model.lora is not None
+    state = _model_state(model, pg_collection, components=present, with_adapters=has_adapters)
     _load_model_state(model, _read(checkpoint, {"model": state}))
     return tuple(name for name in COMPONENTS if name not in present)
 
@@ -202,6 +206,7 @@ def _model_state(
     pg_collection: ProcessGroupCollection,
     *,
     components: Sequence[str] = tuple(COMPONENTS),
+    with_adapters: bool = True,
     extra_state: Callable[[MM1Model, Mapping[str, Any]], dict[str, Any]] = with_places,
 ) -> dict[str, Any]:
     """Sharded tensors by stage of this rank; on disk each has a name of its own, whatever the stages."""
@@ -210,7 +215,11 @@ def _model_state(
     state = {}
     for number, chunk in enumerate(model):
         described = extra_state(unwrap(chunk), unwrap(chunk).sharded_state_dict(metadata=metadata))
-        state[f"stage {number}"] = {name: entry for name, entry in described.items() if name.startswith(prefixes)}
+        state[f"stage {number}"] = {
+            name: entry
+            for name, entry in described.items()
+            if name.startswith(prefixes) and (with_adapters or not is_adapter(name))
+        }
     return state
 
 

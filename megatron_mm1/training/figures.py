@@ -9,7 +9,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.config import MM1Config
-from megatron_mm1.config.derived import COMPONENTS, fp8_recipes
+from megatron_mm1.config.derived import COMPONENTS, fp8_recipes, lora_targets
 from megatron_mm1.data.balance import imbalance
 from megatron_mm1.parallel.device import transformer_engine_problem
 from megatron_mm1.planning.flops import step_flops
@@ -125,6 +125,8 @@ def introduction(config: MM1Config, model: Model, *, backend: str, groups: Proce
     layout = f"{torch.distributed.get_world_size()} processes: {', '.join(sizes)}"
     if config.training.freeze:
         layout += f"; frozen: {', '.join(config.training.freeze)}"
+    if adapted := [component for component in COMPONENTS if lora_targets(config.model.lora, component)]:
+        layout += f"; adapters: {', '.join(adapted)}"
     problem = transformer_engine_problem()
     reason = f" (Transformer Engine: {problem})" if problem else ""
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())

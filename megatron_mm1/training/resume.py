@@ -10,6 +10,7 @@ import torch
 from megatron_mm1.checkpoint.format import LATEST, CheckpointMetadata, find_checkpoint, read_metadata
 from megatron_mm1.config import MM1Config, OptimizerConfig
 from megatron_mm1.config.batch_sizes import BatchSizes
+from megatron_mm1.config.derived import COMPONENTS, lora_targets
 from megatron_mm1.config.keys import value_at
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
@@ -26,6 +27,8 @@ _SCHEDULE = (
     "training.output_z_loss_coeff",
 )
 """What else a step depends on, besides the optimizer's other settings."""
+_PREPROCESSING = ("model.vision.image_resize",)
+"""What weights can be trained on with another value, as LLaVA-1.5's two stages do."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ def starting_point(config: MM1Config, tokenizer: Tokenizer) -> Start | None:
         checkpoint, weights_only = find_checkpoint(config.run_dir), False
     elif config.checkpoint.load is not None:
         checkpoint, weights_only = find_checkpoint(config.checkpoint.load), config.checkpoint.finetune
+    elif config.model.lora is not None:
+        raise UserError(
+            "model.lora trains adapters beside weights that stay as they are, and this run has none to start from: "
+            "name a checkpoint, with --checkpoint.load DIR --checkpoint.finetune true"
+        )
     else:
         return None
     metadata = read_metadata(checkpoint)
@@ -88,8 +96,10 @@ def check_resumable(
         UserError: listing everything that differs.
     """
     saved = metadata.mm1_config()
-    problems = []
-    if different := list(_model_differences("model", asdict(saved.model), asdict(config.model))):
+    problems = [*_other_adapters(metadata, config, weights_only=weights_only)]
+    before, now = (asdict(replace(model, lora=None)) for model in (saved.model, config.model))
+    differences = _model_differences("model", before, now)
+    if different := [text for path, text in differences if not (weights_only and path in _PREPROCESSING)]:
         shown = "; ".join(different[:MOST_SHOWN]) + ("; .." if len(different) > MOST_SHOWN else "")
         is_resized = saved.model.vision.image_size != config.model.vision.image_size
         resize = "; for images of another size make a checkpoint first, by mm1 convert resize" if is_resized else ""
@@ -110,12 +120,30 @@ def check_resumable(
         raise UserError("\n  - ".join(["this run cannot go on from its checkpoint:", *problems]))
 
 
-def _model_differences(path: str, before: Any, now: Any) -> Iterator[str]:
+def _other_adapters(metadata: CheckpointMetadata, config: MM1Config, *, weights_only: bool) -> Iterator[str]:
+    before, now = metadata.mm1_config().model.lora, config.model.lora
+    if before is not None and before != now:
+        yield (
+            f"its adapters were trained with model.lora {asdict(before)}, which is {now and asdict(now)}: use the same "
+            "(--config FILE), or merge them into the weights first (mm1 convert merge)"
+        )
+    elif now is not None and before is None and not weights_only:
+        yield (
+            "model.lora is set, and its checkpoint has no adapters: leave it out, or start a new run from the weights "
+            "alone (--checkpoint.load RUN --checkpoint.finetune true)"
+        )
+    for component in COMPONENTS:
+        if lora_targets(now, component) and component not in metadata.components:
+            yield f"model.lora adapts the {component}, and its checkpoint has none: start from one that has it"
+
+
+def _model_differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, str]]:
+    """Keys of which the two have other values, and a sentence about each."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in before | now:
             yield from _model_differences(f"{path}.{name}", before.get(name), now.get(name))
     elif before != now:
-        yield f"{path} was {before} and is {now}"
+        yield path, f"{path} was {before} and is {now}"
 
 
 @dataclass(frozen=True)

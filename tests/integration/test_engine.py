@@ -20,12 +20,15 @@ from megatron_mm1.config import (
 )
 from megatron_mm1.data.assemble import Assembler, Row
 from megatron_mm1.data.batch import PackedBatch
+from megatron_mm1.data.chat import OWN_TEMPLATE, ChatTemplate
 from megatron_mm1.data.images import ImageProcessor, check_image
 from megatron_mm1.data.records import Control, Image, Text
 from megatron_mm1.data.source import Piece
 from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.engine import Engine
+from megatron_mm1.inference.generation import Continuation
+from megatron_mm1.inference.prompts import EncodedPrompt
 from megatron_mm1.inference.requests import (
     Failure,
     Generation,
@@ -321,6 +324,55 @@ def test_what_the_tokenizer_lacks_fails_its_own_request(engine):
     failed, answered = engine().generate(asked)
     assert isinstance(failed, Failure) and "has no control symbol '<|nobody|>'" in failed.message
     assert isinstance(answered, Generation)
+
+
+def test_a_conversation_is_asked_like_its_parts_and_ends_with_the_turn(engine, config, model, tokenizer):
+    """The template begins with the beginning of text, which the plain engine puts there itself."""
+    template = ChatTemplate("{{ bos_token }}" + OWN_TEMPLATE, tokenizer, origin="test")
+    prompts = [prompt for prompt in PROMPTS if Control("</s>") not in prompt]
+    written_out = [(Control("<|user|>"), *one, Control("<|end|>"), Control("<|assistant|>")) for one in prompts]
+    chat, plain = engine(chat=template), engine()
+
+    def asked(prompts):
+        return [GenerationRequest(prompt=prompt, max_new_tokens=12) for prompt in prompts]
+
+    end = tokenizer.control_id("<|end|>")
+    expected = [(*one.token_ids, end)[: (*one.token_ids, end).index(end)] for one in plain.generate(asked(written_out))]
+    answers = chat.generate(asked(prompts))
+    assert [one.token_ids for one in answers] == expected
+    assert {one.finish_reason for one in answers} == {"end", "length"}  # this model ends some turns
+    [score] = chat.score([ScoringRequest(prompt=prompts[0], continuation="red")])
+    ids = tokenizer.encode("red")
+    with torch.no_grad():
+        logits = model.eval()(batch_of(config, tokenizer, written_out[0], ids), return_logits=True)[0]
+    last = logits.log_softmax(dim=-1)[-1, end].item()
+    assert score.token_log_likelihoods[-1] == pytest.approx(last, abs=1e-4)
+
+
+def test_a_text_ends_with_any_of_its_ends(tokenizer):
+    request = GenerationRequest(prompt=(), max_new_tokens=5)
+    word, end = tokenizer.encode("red")[0], tokenizer.control_id("<|end|>")
+    for ends in ([end, tokenizer.eos_id], [tokenizer.eos_id, end]):
+        one = Continuation(0, request, EncodedPrompt(()), tokenizer=tokenizer, ends=ends, on_text=None)
+        one.add(word)
+        assert one.finish_reason is None
+        one.add(end)
+        assert one.result() == Generation(tokenizer.decode([word]), (word,), "end")
+
+
+@pytest.mark.parametrize("part", [Control("<|end|>"), Text("a \U0010fff0")])
+def test_what_only_templates_write_is_refused_in_a_conversation(engine, tokenizer, part):
+    chat = engine(chat=ChatTemplate(OWN_TEMPLATE, tokenizer, origin="test"))
+    [failed] = chat.generate([GenerationRequest(prompt=(A, part), max_new_tokens=1)])
+    assert isinstance(failed, Failure) and "in a conversation a prompt is text and images" in failed.message
+
+
+def test_a_template_that_refuses_a_prompt_fails_its_request(engine, tokenizer):
+    strict = OWN_TEMPLATE + "{% if 'fox' in messages[0].content %}{{ raise_exception('no foxes') }}{% endif %}"
+    chat = engine(chat=ChatTemplate(strict, tokenizer, origin="test"))
+    asked = [GenerationRequest(prompt=(Text(text),), max_new_tokens=1) for text in ("a fox", "a dog")]
+    failed, answered = chat.generate(asked)
+    assert isinstance(failed, Failure) and "no foxes" in failed.message and isinstance(answered, Generation)
 
 
 def test_modules_are_in_the_mode_they_were_in(engine, model):

@@ -9,7 +9,7 @@ import torch
 from megatron_mm1.config import MM1Config
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.data.images import ImageProcessor
-from megatron_mm1.data.records import Image, Text
+from megatron_mm1.data.records import Control, Image, Text
 from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.replica import Replica
@@ -138,6 +138,8 @@ def batch_of(config: MM1Config, tokenizer: Tokenizer, prompt: Prompt, behind: li
     for part in prompt:
         if isinstance(part, Text):
             tokens += tokenizer.encode(part.text)
+        elif isinstance(part, Control):
+            tokens.append(tokenizer.control_id(part.symbol))
         elif isinstance(part, Image) and not config.data.text_only:
             images.append(part.data)
             slots.append(range(len(tokens), len(tokens) + per_image))

@@ -181,6 +181,17 @@ def test_a_run_may_go_on_in_another_layout(saved):
     resume.check_resumable(metadata, config, tokenizer_fingerprint=metadata.tokenizer_fingerprint)
 
 
+def test_weights_may_be_trained_on_with_other_preprocessing(saved):
+    metadata = read_metadata(saved)
+    config = config_of("mm1-tiny")
+    vision = dataclasses.replace(config.model.vision, image_resize="pad")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vision=vision))
+    fingerprint = metadata.tokenizer_fingerprint
+    resume.check_resumable(metadata, config, tokenizer_fingerprint=fingerprint, weights_only=True)
+    with pytest.raises(UserError, match="image_resize was squash and is pad"):
+        resume.check_resumable(metadata, config, tokenizer_fingerprint=fingerprint)
+
+
 def test_another_model_is_refused(saved):
     metadata = read_metadata(saved)
     with pytest.raises(UserError, match=r"model\.\* differs \(model\.moe was None and is \{"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megatron_mm1.data.chat import OWN_TEMPLATE, ChatTemplate
+from megatron_mm1.data.chat import IMAGE, OWN_TEMPLATE, ChatTemplate
 from megatron_mm1.data.prepare import prepare
 from megatron_mm1.data.readers import open_reader
 from megatron_mm1.data.records import Control, Document, Image, Reason, Rejected, Text
@@ -157,6 +157,32 @@ def test_own_template_trains_answers_and_their_end(demo_corpus: Path) -> None:
         Control("<|end|>", trained=True),
         Control("</s>"),
     ]
+
+
+@pytest.mark.parametrize("template", ["qwen", "vicuna"])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_model_is_asked_as_it_was_trained(tokenizer: Tokenizer, template: str, name: str) -> None:
+    """Parts in front of the last answer, whatever the template does about generation prompts."""
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    messages = [
+        {"role": roles[turn["from"]], "content": turn["value"].replace("<image>", IMAGE)}
+        for turn in CONVERSATIONS[name]["conversations"]
+    ]
+    written = ChatTemplate(TEMPLATES[template], tokenizer, origin="test")
+    whole, asked = written.render(messages), written.ask(messages[:-1])
+    assert asked[:-1] == whole[: len(asked) - 1]
+    last, answered = asked[-1], whole[len(asked) - 1]
+    assert isinstance(last, Text) and isinstance(answered, Text)  # which goes on with the answer
+    assert answered.text.startswith(last.text)
+    assert answered.text.removeprefix(last.text).strip().startswith(messages[-1]["content"].strip())
+    assert written.ends == {"qwen": ("<|im_end|>",), "vicuna": ("<|endoftext|>",)}[template]
+
+
+def test_own_template_asks_up_to_the_answer(demo_corpus: Path) -> None:
+    written = ChatTemplate(OWN_TEMPLATE, open_tokenizer(demo_corpus / "tokenizer.model"), origin="ours")
+    asked = [Control("<|user|>"), Text("Hi", trained=False), Control("<|end|>"), Control("<|assistant|>")]
+    assert written.ask([{"role": "user", "content": "Hi"}]) == asked
+    assert written.ends == ("<|end|>",)
 
 
 @pytest.mark.parametrize("text", ["A naïve ☃ cat", " a", "x\n\ny", "日本"])

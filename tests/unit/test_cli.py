@@ -38,6 +38,7 @@ class Calls(list):
 
 
 NO_SIZES = {f"{dimension}_model_parallel_size": None for dimension in ("tensor", "pipeline", "expert")}
+NO_CHAT = {"chat": False, "chat_template": None}
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> Calls:
@@ -169,8 +170,10 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
         "control": False,
         "high_resolution": 672,
         "high_resolution_shots": 3,
+        "image_tiling": None,
         "max_image_tiles": 16,
         "chain_of_thought": True,
+        **NO_CHAT,
         **NO_SIZES,
         "tensor_model_parallel_size": 2,
     }
@@ -181,7 +184,7 @@ def test_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--image", "a.png", "b.png", "--image", "d.png", "--max_new_tokens", "5"]
     assert main(["caption", "--checkpoint", "c", *options]) == 0
     images = [Path("a.png"), Path("b.png"), Path("d.png")]
-    assert calls.namespace == {"checkpoint": Path("c"), "image": images, "max_new_tokens": 5, **NO_SIZES}
+    assert calls.namespace == {"checkpoint": Path("c"), "image": images, "max_new_tokens": 5, **NO_CHAT, **NO_SIZES}
 
 
 def test_generate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +218,7 @@ def test_generate(monkeypatch: pytest.MonkeyPatch) -> None:
         "top_p": 1.0,
         "seed": 0,
         "batch_size": 64,
+        **NO_CHAT,
         **NO_SIZES,
     }
 
@@ -224,7 +228,7 @@ def test_score(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.result = 0
     assert main(["score", "--checkpoint", "c", "--input", "i.jsonl", "--output", "o.jsonl", "--batch-size", "3"]) == 0
     files = {"checkpoint": Path("c"), "input": Path("i.jsonl"), "output": Path("o.jsonl")}
-    assert calls.namespace == {**files, "batch_size": 3, **NO_SIZES}
+    assert calls.namespace == {**files, "batch_size": 3, **NO_CHAT, **NO_SIZES}
 
 
 def test_config_presets_lists_the_papers_sizes(capsys: pytest.CaptureFixture[str]) -> None:

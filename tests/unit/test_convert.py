@@ -17,6 +17,7 @@ from megatron_mm1.checkpoint.dist_checkpoint import COMMON_STATE, DistCheckpoint
 from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint, write_mm1
 from megatron_mm1.checkpoint.tensors import PlanSource, StateDict, collect, copied
 from megatron_mm1.checkpoint.tensors import in_pieces as split
+from megatron_mm1.checkpoint.vocabulary import TABLES, with_vocabulary
 from megatron_mm1.cli import main
 from megatron_mm1.config.loading import load_config
 from megatron_mm1.config.serialization import to_dict
@@ -286,6 +287,23 @@ def test_import_combines_parts(imported):
     assert (model.decoder.hidden_size, model.vision.image_size, model.connector.num_layers) == (32, 24, 1)
     embedding = checkpoint.tensors["language_model.embedding.word_embeddings.weight"]
     assert (embedding.shape, embedding.dtype) == ((256, 32), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("pieces", "rows"), [(200, 200), (206, 256), (256, 256), (257, 384)])
+def test_a_vocabulary_grows_to_its_tokenizer(imported, pieces, rows):
+    """To a size without padding, by rows of zeros; the rest stays."""
+    before = MM1Checkpoint(imported)
+    model = before.metadata.mm1_config().model
+    assert model.decoder.vocab_size == 200
+    grown, plan = with_vocabulary(model, [copied(before, name) for name in before.tensors], vocab_size=pieces)
+    assert replace(grown, decoder=replace(grown.decoder, vocab_size=200)) == model and grown.decoder.vocab_size == rows
+    after = collect(plan)
+    for table in TABLES:
+        assert after[table].shape == (max(rows, 256), 32)
+        assert torch.equal(after[table][:256], before.read(table)) and not after[table][200:].any()
+    assert_same(
+        {name: tensor[:256] for name, tensor in after.items()}, {name: before.read(name)[:256] for name in after}
+    )
 
 
 @pytest.mark.parametrize(("family", "shards"), [("llama", True), ("llama", False), ("clip", False)])

@@ -3,6 +3,7 @@
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -19,7 +20,7 @@ from megatron_mm1.evaluation.published import MEASURES, PUBLISHED, beside_publis
 from megatron_mm1.evaluation.results import ALL, MeasuredItem, Result, figures, read_figures, write_results
 from megatron_mm1.evaluation.tables import console, figures_table
 from megatron_mm1.evaluation.task import Measure, Outcome, build_task
-from megatron_mm1.evaluation.tasks.demo import DemoCaptions, DemoQuestions, question_type
+from megatron_mm1.evaluation.tasks.demo import DemoCaptions, DemoQuestions, DemoQuestionsExchanged, question_type
 from megatron_mm1.evaluation.template import prompt_text
 from megatron_mm1.inference.requests import Score
 
@@ -132,6 +133,18 @@ def test_question_items_are_asked_as_they_are_trained(corpus):
     assert (image.read().data, text) == (png("red"), Text(question_prompt("what about red?")))
     assert by_answer["circle"].groups == ("shape", "shape or colour")
     assert by_answer["no"].groups == ("yes-no",)
+
+
+def test_exchanged_questions_have_their_answers_and_the_image_of_another(corpus):
+    file = corpus / "raw/questions/validation/questions.jsonl"
+    others = [file.read_text().replace("images/0.png", f"images/{number}.png") for number in (1, 2)]
+    file.write_text(file.read_text() + "".join(others))
+    for number in (1, 2):
+        (file.parent / f"images/{number}.png").write_bytes(png("blue"))
+    own, exchanged = (task(corpus).items().items for task in (DemoQuestions, DemoQuestionsExchanged))
+    assert [replace(item, images=()) for item in exchanged] == [replace(item, images=()) for item in own]
+    assert Counter(item.images for item in exchanged).keys() == Counter(item.images for item in own).keys()
+    assert all(item.images != other.images for item, other in zip(own, exchanged, strict=True))
 
 
 def test_captions_are_shown_as_they_are_trained(corpus):

@@ -2,6 +2,7 @@
 
 import io
 import json
+from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from megatron_mm1.config import ParallelConfig
 from megatron_mm1.config.presets import preset
+from megatron_mm1.config.validation import validate
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation import asking
@@ -25,7 +28,7 @@ from megatron_mm1.evaluation.results import ALL, differences, figures
 from megatron_mm1.evaluation.runner import _check_resolution, _digest, _folders, run
 from megatron_mm1.evaluation.tables import refusals, verdicts
 from megatron_mm1.evaluation.template import Stopping
-from megatron_mm1.inference.loading import with_grids
+from megatron_mm1.inference.loading import with_grids, with_tiling
 from megatron_mm1.inference.requests import Failure, Generation, Score, WholeImage
 from tests.new_words import NewWords
 
@@ -163,13 +166,27 @@ def test_a_model_can_be_asked_with_more_tiles_than_it_was_trained_with():
     asked = with_grids(config, max_image_tiles=16).data
     assert (asked.min_image_tiles, asked.max_image_tiles, asked.max_images_per_sequence) == (4, 16, 17)
     assert with_grids(config, max_image_tiles=2).data.min_image_tiles == 2
-    digests = {
-        _digest({"digest": "d", "tokenizer": "t", "code_version": "1"}, {"tp": 1}, max_image_tiles=tiles)
-        for tiles in (None, 9, 16)
-    }
+    known = {"digest": "d", "tokenizer": "t", "code_version": "1"}
+    digests = {_digest(known, {"tp": 1}, max_image_tiles=tiles) for tiles in (None, 9, 16)}
     assert len(digests) == 3  # what was asked with other tiles is asked anew
+    template = Namespace(source="template")
+    assert _digest(known, {"tp": 1}, chat=template) != _digest(known, {"tp": 1})
     with pytest.raises(UserError, match="only dynamic grids have more or fewer tiles"):
         with_grids(preset("mm1-tiny"), max_image_tiles=16)
+
+
+@pytest.mark.parametrize("kind", ["none", "overview_and_crops", "dynamic"])
+@pytest.mark.parametrize("trained", ["none", "dynamic"])
+def test_a_model_can_be_asked_with_another_tiling(kind, trained):
+    config = preset("mm1-tiny")
+    indicators = trained == "dynamic"
+    config = replace(
+        config,
+        data=replace(config.data, image_tiling=trained, tile_indicators=indicators, max_images_per_sequence=2),
+    )
+    asked = with_tiling(config, kind)
+    assert asked.data.image_tiling == kind
+    validate(replace(asked, parallel=ParallelConfig()), world_size=1)
 
 
 def test_only_the_last_demonstrations_are_cut_into_tiles(task):

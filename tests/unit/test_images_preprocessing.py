@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from transformers import LlavaImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from megatron_mm1.data.batch import ImageGroup
@@ -61,6 +62,22 @@ def test_centre_is_that_of_transformers(size: tuple[int, int]) -> None:
     assert np.abs((pixels[0].numpy() - expected) * np.array(STD).reshape(3, 1, 1) * 255).max() <= 2.01
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side", [48, 33])
+def test_padded_squares_are_those_of_transformers_llava(size: tuple[int, int], side: int) -> None:
+    data = encoded("PNG", size=size)
+    theirs = LlavaImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=MEAN,
+        image_std=STD,
+        do_pad=True,
+    )
+    expected = theirs(opened(data), return_tensors="pt")["pixel_values"]
+    pixels, _ = ImageProcessor(side, MEAN, STD, mode="pad")([data])
+    torch.testing.assert_close(pixels, expected, atol=1e-6, rtol=1e-6)
+
+
 LENGTHS = st.integers(1, 200)
 
 
@@ -80,9 +97,10 @@ def test_resizes_the_sharpest_edges_as_pillow(
     assert np.abs(resized.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).max() <= 2
 
 
-def test_very_long_image_is_not_enlarged_as_a_whole() -> None:
+@pytest.mark.parametrize("mode", ["shorter_side_crop", "pad"])
+def test_very_long_image_is_not_enlarged_as_a_whole(mode: Resize) -> None:
     data = encoded("PNG", size=(9_999, 1))
-    pixels, _ = ImageProcessor(378, (0, 0, 0), (1, 1, 1), mode="shorter_side_crop")([data])
+    pixels, _ = ImageProcessor(378, (0, 0, 0), (1, 1, 1), mode=mode)([data])
     assert pixels.shape == (1, 3, 378, 378)
 
 
@@ -133,7 +151,7 @@ def test_cropped_image_is_what_pillow_crops_and_resizes(size: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("kind", ["none", "dynamic"])
-@pytest.mark.parametrize("mode", ["squash", "shorter_side_crop"])
+@pytest.mark.parametrize("mode", ["squash", "shorter_side_crop", "pad"])
 def test_device_way_gives_the_pixels_of_the_cpu_way(kind: str, mode: Resize) -> None:
     """Formats that DALI decodes and those it does not, damaged and missing ones among them."""
     images = [

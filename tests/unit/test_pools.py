@@ -119,6 +119,15 @@ def test_nothing_is_lost_between_pools(pool_size: int) -> None:
     assert covered(epoch(packed)) == Counter(every_token(source))
 
 
+def test_documents_that_are_not_packed_are_alone_in_their_sequences(pool_size: int) -> None:
+    source = random_source(500)
+    alone = stream(source, limits=replace(LIMITS, packed=False))
+    sequences = epoch(alone)
+    assert {len(sequence) for sequence in sequences} == {1}
+    assert covered(sequences) == dict.fromkeys(every_token(source), 1)
+    assert alone.documents_per_sequence == pytest.approx(500 / len(sequences))
+
+
 def test_epochs_have_the_same_sequences_in_another_order(pool_size: int) -> None:
     packed = stream(random_source(1500))
     first, second = epoch(packed), epoch(packed, 1)

@@ -56,7 +56,14 @@ def test_decoder_has_the_papers_size(name: str, computed: str) -> None:
     assert counts.non_embedding == pytest.approx(published, rel=0.09 if name == "mm1-9m" else 0.03)
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if "tiny" not in name])
+@pytest.mark.parametrize(("name", "computed"), [("llava15-7b", 6_738_415_616), ("llava15-13b", 13_015_864_320)])
+def test_decoder_of_llava15_is_llama_2(name: str, computed: int) -> None:
+    """The parameters that transformers counts in Llama-2's configurations of these sizes."""
+    counts = count_parameters(preset(name).model)
+    assert counts.embedding + counts.decoder + counts.output == computed
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("mm1") and "tiny" not in name])
 def test_used_learning_rate_is_near_the_law(name: str) -> None:
     model = preset(name.removesuffix("-moe")).model.decoder
     law = peak_learning_rate(12 * model.num_layers * model.hidden_size**2)

@@ -238,6 +238,13 @@ def test_a_damaged_evaluation_is_named(run: Path) -> None:
         run_page(run, output=run / "report.html")
 
 
+def test_an_evaluation_that_is_still_running_shows_what_it_has(run: Path) -> None:
+    items = run / "eval" / "items.jsonl"
+    before = run_page(run, output=run / "report.html")
+    items.write_bytes(items.read_bytes() + '{"task": "é'.encode()[:-1])
+    assert run_page(run, output=run / "report.html") == before
+
+
 def test_the_command_writes_into_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")

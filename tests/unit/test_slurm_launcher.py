@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mm1.config.loading import load_config, to_yaml
+from megatron_mm1.config.presets import preset
+from megatron_mm1.config.recipes import apply_recipe
+from megatron_mm1.config.validation import validate
 from tests.conftest import REPOSITORY
+from tests.unit.test_slurm_scripts import gpus
 
 JOB = "42"
 STAND_INS = {
@@ -201,3 +206,36 @@ def test_the_schedulers_signal_is_passed_on_and_the_end_awaited(job, name):
     result = job("train", SRUN=f"kill -{name} $SCRIPT; sleep 0.5; echo ended >>calls; exit 75")
     assert job.calls()[1:] == [f"scancel --signal=TERM {JOB}", "ended", f"scontrol requeue {JOB}"]
     assert "ended by a signal, with a checkpoint" in result.stderr
+
+
+STAGES = {
+    "sft": ("sft", "mm1-3b"),
+    "llava15_align": ("llava15-align", "llava15-7b"),
+    "llava15_sft": ("llava15-sft", "llava15-7b"),
+}
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_a_stage_starts_from_the_checkpoint_that_is_named(job, monkeypatch, script):
+    """With its recipe, in a layout that the GPUs it asks for can have; a site's options and the user's come last."""
+    recipe, name = STAGES[script]
+    monkeypatch.chdir(job.folder)
+    (job.folder / "my start").mkdir()
+    (job.folder / "my start/config.yaml").write_text(to_yaml(preset(name)))
+    job.settings += "\nTRAIN_OPTIONS=(--training.seed 5)"
+    command = f"bash examples/slurm/{script}.sh 'my start' --training.train_iters 700"
+    assert job(command).returncode == 0
+    [words] = job.started()
+    config = load_config(words[words.index("train") + 1 :])
+    expected = apply_recipe(recipe, preset(name))
+    assert (config.model, config.optimizer, config.data) == (expected.model, expected.optimizer, expected.data)
+    assert (config.checkpoint.load, config.training.seed, config.training.train_iters) == ("my start", 5, 700)
+    assert config.run_dir == "runs/run"
+    validate(config, world_size=gpus(REPOSITORY / f"examples/slurm/{script}.sh"))
+
+
+@pytest.mark.parametrize("arguments", ["", "nowhere", "--training.seed 5"])
+def test_a_stage_without_its_checkpoint_does_not_start(job, arguments):
+    result = job(f"bash examples/slurm/llava15_sft.sh {arguments}")
+    assert result.returncode == 2 and "sbatch SCRIPT CHECKPOINT" in result.stderr
+    assert job.started() == [] and not job.is_requeued()

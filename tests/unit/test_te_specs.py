@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_mm1.config import MM1Config, ParallelConfig
+from megatron_mm1.config import LoraConfig, MM1Config, ParallelConfig
 from megatron_mm1.config.presets import PRESETS, preset
 from megatron_mm1.config.schema import AttentionKernel
 from tests import te_specs
@@ -135,3 +135,22 @@ def test_every_layer_is_the_intended_one(in_te_process, name, layout, kernel):
         found = layer.arguments | dict(tp_size=layer.tp_size)
         assert (layer_name, {key: found[key] for key in arguments}) == (layer_name, arguments)
         assert layer.dtypes <= {torch.bfloat16}
+
+
+def test_norms_in_front_of_adapters_are_modules_of_their_own(in_te_process):
+    config = config_of("mm1-3b", LAYOUTS["TP8+SP"][1], "torch")
+    lora = LoraConfig(rank=4, alpha=8.0, decoder_targets=("linear_qkv", "linear_fc2"), tower_targets=("linear_fc1",))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
+    layers = in_te_process(te_specs.layers_on, config, rank=0, world_size=8)
+    attention, mlp = "language_model.decoder.layers.0", "language_model.decoder.layers.1"
+    kinds = {
+        f"{attention}.input_layernorm": "RMSNorm",
+        f"{attention}.self_attention.linear_qkv": "Linear",
+        f"{mlp}.mlp.linear_fc1": "LayerNormLinear",
+        f"{mlp}.mlp.linear_fc2": "Linear",
+        "tower.encoder.layers.0.self_attention.linear_qkv": "LayerNormLinear",
+        "tower.encoder.layers.0.pre_mlp_layernorm": "LayerNorm",
+        "tower.encoder.layers.0.mlp.linear_fc1": "Linear",
+    }
+    assert {name: layers[name].kind for name in kinds} == kinds
+    assert layers[f"{attention}.self_attention.linear_qkv"].shapes["lora_A"] == (4, config.model.decoder.hidden_size)

@@ -1,4 +1,4 @@
-"""RGB pixels -> squares of one size: the whole image squashed, its centre, or its tiles. All in uint8.
+"""RGB pixels -> squares of one size: the whole image squashed or padded, its centre, or its tiles. All in uint8.
 
 torch's antialiased uint8 bicubic agrees with Pillow's to 2 of 255, where DALI's own does not, and is faster than both.
 """
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from megatron_mm1.data.tiling import Tiling, fit
 
-Resize = Literal["squash", "shorter_side_crop"]
+Resize = Literal["squash", "shorter_side_crop", "pad"]
 _LONGEST = 32
 """Length over breadth from which only the part of an image that is kept gets resized: 1 px by 10,000 px would become
 gigabytes."""
@@ -57,17 +57,23 @@ def _height_first(old_height: int, old_width: int, *, height: int, width: int) -
     return height < old_height and old_height - height > 2 * (old_width - width)
 
 
-def square(image: Tensor, *, side: int, mode: Resize) -> Tensor:
+def square(image: Tensor, *, side: int, mode: Resize, padding: Tensor) -> Tensor:
     """[3, H, W] -> [3, side, side].
 
     Args:
         mode: "squash" resizes the whole image; "shorter_side_crop" resizes the shorter side and takes the centre, with
-            the sizes and anchors of OpenAI's CLIP (torchvision's Resize and CenterCrop).
+            the sizes and anchors of OpenAI's CLIP (torchvision's Resize and CenterCrop); "pad" puts it in the middle of
+            a square of its longer side, as LLaVA-1.5 does, and resizes that.
+        padding: [3, 1, 1], the colour around a padded image.
     """
     if mode == "squash":
         return resize(image, height=side, width=side)
     height, width = image.shape[1:]
     short, long = sorted((height, width))
+    if mode == "pad":
+        if long > _LONGEST * short:
+            return padded(image, grid=(1, 1), side=side, padding=padding)
+        return resize(_in_the_middle(image, height=long, width=long, padding=padding), height=side, width=side)
     if long > _LONGEST * short:
         return _resized_window(image, side=side)
     length = int(side * long / short)
@@ -88,14 +94,14 @@ def tiles(image: Tensor, *, grid: tuple[int, int], tiling: Tiling, mode: Resize,
     """[3, H, W] -> [tiles, 3, side, side] in the order of `tiling.places(grid)`.
 
     Args:
-        padding: [3, 1, 1], the colour around an image that does not fill its grid.
+        padding: [3, 1, 1], the colour around an image that does not fill its grid or square.
     """
     side = tiling.side
     if tiling.kind != "dynamic":
-        overview = square(image, side=side, mode=mode)
+        overview = square(image, side=side, mode=mode, padding=padding)
         if grid == (1, 1):
             return overview[None]
-        return torch.cat([overview[None], _cells(square(image, side=2 * side, mode=mode), side=side)])
+        return torch.cat([overview[None], _cells(square(image, side=2 * side, mode=mode, padding=padding), side=side)])
     overview = padded(image, grid=(1, 1), side=side, padding=padding)
     if grid == (1, 1):
         return overview[None]
@@ -106,9 +112,15 @@ def padded(image: Tensor, *, grid: tuple[int, int], side: int, padding: Tensor) 
     """[3, H, W] -> [3, rows * side, columns * side]: resized to fit, in the middle of `padding`."""
     rows, columns = grid
     height, width = fit(np.array(image.shape[1:]), np.array(grid), side=side).tolist()
-    canvas = padding.to(image.dtype).expand(3, rows * side, columns * side).clone()
-    top, left = (rows * side - height) // 2, (columns * side - width) // 2
-    canvas[:, top : top + height, left : left + width] = resize(image, height=height, width=width)
+    resized = resize(image, height=height, width=width)
+    return _in_the_middle(resized, height=rows * side, width=columns * side, padding=padding)
+
+
+def _in_the_middle(image: Tensor, *, height: int, width: int, padding: Tensor) -> Tensor:
+    """[3, H, W] -> [3, height, width], at least as large; an odd row or column of padding is below or on the right."""
+    canvas = padding.to(image.dtype).expand(3, height, width).clone()
+    top, left = (height - image.shape[1]) // 2, (width - image.shape[2]) // 2
+    canvas[:, top : top + image.shape[1], left : left + image.shape[2]] = image
     return canvas
 
 

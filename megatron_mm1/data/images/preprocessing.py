@@ -77,7 +77,7 @@ class ImageProcessor:
         self.image_size, self.mode = image_size, mode
         self.tiling = tiling or Tiling(side=image_size)
         self.normalization = Normalization(tuple(mean), tuple(std))
-        self._padding = (255 * torch.tensor(mean)).round().view(3, 1, 1)
+        self._padding = torch.tensor([float(int(255 * value)) for value in mean]).view(3, 1, 1)  # as LLaVA rounds
 
     @staticmethod
     def of(config: MM1Config) -> "ImageProcessor":
@@ -100,7 +100,8 @@ class ImageProcessor:
         squares = torch.full((len(images), 3, self.image_size, self.image_size), GREY, dtype=torch.uint8)
         for target, image in zip(squares, decoded, strict=True):
             if image is not None:
-                target.copy_(square(_channels_first(image), side=self.image_size, mode=self.mode))
+                rgb = _channels_first(image)
+                target.copy_(square(rgb, side=self.image_size, mode=self.mode, padding=self._padding))
         return self.normalization(squares), [image is not None for image in decoded]
 
     def fill(self, group: ImageGroup, images: Sequence[EncodedImage]) -> ImageGroup:

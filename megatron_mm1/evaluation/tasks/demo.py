@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,19 @@ class DemoQuestions:
     def measure(self, items: Sequence[Item], outcomes: Sequence[Outcome]) -> Sequence[Measures]:
         matches = exact_match(items, [outcome.text for outcome in outcomes])
         return [{"accuracy": match["exact_match"]} for match in matches]
+
+
+class DemoQuestionsExchanged(DemoQuestions):
+    """The same questions, each about the image of another one: what is right then was not seen.
+
+    Answers are those that are true of a question's own image.
+    """
+
+    def items(self) -> Split:
+        items = super().items().items
+        images = list(dict.fromkeys(item.images for item in items))
+        following = dict(zip(images, [*images[1:], *images[:1]], strict=True))
+        return Split(tuple(replace(item, images=following[item.images]) for item in items))
 
 
 def question_type(answer: str) -> str:

@@ -1,0 +1,60 @@
+"""What fine-tuning was worth: held-out questions before and after, and after it also about other images.
+
+    python benchmarks/finetuning_gain.py runs/finetune/none runs/finetune/overview_and_crops
+
+Each folder is one that examples/finetune_quickstart.sh left, with the evaluations `before` and `after`. Goals: of each
+pair, 95 % bootstrap intervals that do not overlap.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from goals import Goal, report
+
+from megatron_mm1.errors import UserError
+from megatron_mm1.evaluation.results import ALL, Figures, read_figures
+
+OWN, EXCHANGED = "demo_questions", "demo_questions_exchanged"
+GROUPS = (ALL, "yes-no", "shape", "colour")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compare answers before and after fine-tuning.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="DIR")
+    args = parser.parse_args(argv)
+    try:
+        evaluated = {run.name: (read_figures(run / "before"), read_figures(run / "after")) for run in args.runs}
+    except UserError as error:
+        print(f"finetuning_gain: error: {error}", file=sys.stderr)
+        return 2
+    for name, (before, after) in evaluated.items():
+        print("\n".join(table(name, before, after)))
+    return report({}, [goal for name, figures in evaluated.items() for goal in goals(name, *figures)])
+
+
+def table(name: str, before: Mapping[str, Figures], after: Mapping[str, Figures]) -> list[str]:
+    """Markdown: the share of right answers by kind of question."""
+    lines = [f"| {name} | before | after | after, other images |", "| --- | --- | --- | --- |"]
+    for group in GROUPS:
+        columns = (before[OWN], after[OWN], after[EXCHANGED])
+        cells = [str(figures[group]["accuracy"]) if group in figures else "" for figures in columns]
+        count = f" ({after[OWN][group]['accuracy'].count})" if group in after[OWN] else ""
+        lines.append(f"| {group}{count} | {' | '.join(cells)} |")
+    return lines
+
+
+def goals(name: str, before: Mapping[str, Figures], after: Mapping[str, Figures]) -> list[Goal]:
+    """Of each pair of intervals the two ends that face each other."""
+    lowest = after[OWN][ALL]["accuracy"].low
+    return [
+        Goal(f"{name}_accuracy_after_lower_vs_before", lowest, "share", ">", before[OWN][ALL]["accuracy"].high),
+        Goal(
+            f"{name}_accuracy_after_lower_vs_other_images", lowest, "share", ">", after[EXCHANGED][ALL]["accuracy"].high
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
