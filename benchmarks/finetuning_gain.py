@@ -2,8 +2,8 @@
 
     python benchmarks/finetuning_gain.py runs/finetune/none runs/finetune/overview_and_crops
 
-Each folder is one that examples/finetune_quickstart.sh left, with the evaluations `before` and `after`. Goals: of each
-pair, 95 % bootstrap intervals that do not overlap.
+Each folder is one that examples/finetune_quickstart.sh left, with the evaluations `before` and `after`. Goals: of open
+questions (for a shape or a colour), 95 % bootstrap intervals that do not overlap.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.results import ALL, Figures, read_figures
 
 OWN, EXCHANGED = "demo_questions", "demo_questions_exchanged"
-GROUPS = (ALL, "yes-no", "shape", "colour")
+OPEN = "shape or colour"
+GROUPS = (ALL, "yes-no", OPEN, "shape", "colour")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,13 +47,15 @@ def table(name: str, before: Mapping[str, Figures], after: Mapping[str, Figures]
 
 
 def goals(name: str, before: Mapping[str, Figures], after: Mapping[str, Figures]) -> list[Goal]:
-    """Of each pair of intervals the two ends that face each other."""
-    lowest = after[OWN][ALL]["accuracy"].low
+    """Of each pair of intervals the two ends that face each other.
+
+    Of open questions: most of the others are right for the question alone, whatever the image shows.
+    """
+    lowest = after[OWN][OPEN]["accuracy"].low
+    others = {"before": before[OWN], "other_images": after[EXCHANGED]}
     return [
-        Goal(f"{name}_accuracy_after_lower_vs_before", lowest, "share", ">", before[OWN][ALL]["accuracy"].high),
-        Goal(
-            f"{name}_accuracy_after_lower_vs_other_images", lowest, "share", ">", after[EXCHANGED][ALL]["accuracy"].high
-        ),
+        Goal(f"{name}_accuracy_after_lower_vs_{what}", lowest, "share", ">", figures[OPEN]["accuracy"].high)
+        for what, figures in others.items()
     ]
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import megatron_mm1
 from megatron_mm1.arguments import FAILED, add_command, positive_int, share
 from megatron_mm1.checkpoint.commands import convert
+from megatron_mm1.config.presets import PRESETS
+from megatron_mm1.config.recipes import RECIPES
 from megatron_mm1.data.commands import add_data_commands, data_inspect
 from megatron_mm1.errors import ConfigError, UserError
 from megatron_mm1.evaluation_commands import add_evaluation_commands
@@ -22,6 +24,7 @@ USER_ERROR = 2
 INTERRUPTED = 130
 ENDED_BY_SIGNAL = 75
 """Exit code of a training that a signal ended early, with a checkpoint: start it again (sysexits' EX_TEMPFAIL)."""
+_NAMES = f"Presets (--preset): {', '.join(PRESETS)}. Recipes (--recipe): {', '.join(RECIPES)}."
 GRACE_SECONDS = 10
 """How long the other ranks leave the report of an error to rank 0."""
 
@@ -122,7 +125,9 @@ def print_version(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every subcommand but `train`, whose options are the configuration's keys."""
-    parser = argparse.ArgumentParser(prog="mm1", description="Train MM1-style multimodal models on megatron-core.")
+    parser = argparse.ArgumentParser(
+        prog="mm1", description="Train MM1-style multimodal models on megatron-core.", epilog=_NAMES
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a model (mm1 train --help lists every setting)")
     commands.add_parser("parity", help="show that every parallel layout computes the same (mm1 parity --help)")
@@ -151,9 +156,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_plan_commands(plan)
 
-    config = commands.add_parser("config", help="look at configurations").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    configuring = commands.add_parser("config", help="look at configurations", epilog=_NAMES)
+    config = configuring.add_subparsers(required=True, metavar="COMMAND")
     add_command(config, "presets", config_presets, "list the presets with their parameter counts beside the paper's")
     add_from_megatron(config)
     _add_doctor(commands)

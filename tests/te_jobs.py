@@ -17,6 +17,7 @@ from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.requests import GenerationRequest, Score, ScoringRequest
+from megatron_mm1.model.lora import is_adapter
 from megatron_mm1.model.vision import FUSED_NORM_NAMES
 from megatron_mm1.parallel.context import local_positions
 from megatron_mm1.parallel.device import device
@@ -53,7 +54,7 @@ def copy_weights(local: torch.nn.Module, te: torch.nn.Module) -> None:
     others = dict(te.named_parameters())
     with torch.no_grad():
         for name, parameter in local.named_parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or is_adapter(name):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
             others.pop(te_name(name, others)).copy_(parameter)
     assert not others, f"without a counterpart in the local backend: {sorted(others)}"

@@ -46,7 +46,7 @@ def build_parser(*, defaults: MM1Config | None) -> argparse.ArgumentParser:
     """The parser; `defaults` is what the help shows beside each option. Values stay text: the schema converts them."""
     parser = argparse.ArgumentParser(
         prog="mm1 train",
-        usage="mm1 train [--preset NAME] [--config FILE ...] [--KEY VALUE ...]",
+        usage="mm1 train [--preset NAME] [--recipe NAME] [--config FILE ...] [--KEY VALUE ...]",
         epilog=_EPILOG,
         add_help=False,
         allow_abbrev=False,

@@ -81,13 +81,13 @@ class LoraLinear(torch.nn.Module):
 
     @torch.no_grad()
     def draw(self, seed: int) -> None:
-        """A as torch draws a linear layer's weight, the same in every layout; B is zeros, so that at first adapters
-        change nothing.
+        """A uniformly within 1 / sqrt(inputs), as peft draws it, the same in every layout; B is zeros, so that at first
+        adapters change nothing.
         """
         ranks, rank = (self.lora_group.size(), self.lora_group.rank()) if LORA_A in self.split else (1, 0)
-        whole = torch.empty(self.lora.rank, ranks * self.lora_A.shape[1])
-        torch.nn.init.kaiming_uniform_(whole, a=5**0.5, generator=torch.Generator().manual_seed(seed))
-        self.lora_A.copy_(whole.chunk(ranks, dim=1)[rank])
+        inputs, generator = ranks * self.lora_A.shape[1], torch.Generator().manual_seed(seed)
+        whole = torch.rand(self.lora.rank, inputs, generator=generator, device="cpu")
+        self.lora_A.copy_((2 * whole - 1).chunk(ranks, dim=1)[rank] / inputs**0.5)
 
     def _dropped(self, features: Tensor, *, is_shared: bool) -> Tensor:
         """With dropout where it is set; `is_shared`: all ranks have the same features, and so draw the same numbers."""

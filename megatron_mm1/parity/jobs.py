@@ -82,14 +82,10 @@ class Trial:
                     bias.zero_()
         self.optimizer.reload_model_params()
 
-    def share(self, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """This rank's microbatches of a global batch."""
-        return list(batches[self.groups.dp.rank() :: self.groups.dp.size()])
-
     def backward(self, batches: Sequence[PackedBatch]) -> float:
-        """The loss of a global batch; leaves its gradient in `main_grad`."""
+        """The loss of a global batch, from this rank's microbatches of it; leaves its gradient in `main_grad`."""
         self.optimizer.zero_grad()
-        losses = forward_backward(self.config, self.model, self.share(batches), pg_collection=self.groups)
+        losses = forward_backward(self.config, self.model, batches, pg_collection=self.groups)
         return losses.loss
 
     def update(self) -> float:
@@ -132,8 +128,24 @@ def save_initial(config: MM1Config, folder: Path, *, backend: str) -> Path:
     return path
 
 
+Batches = Callable[[MM1Config, str, ProcessGroupCollection], Sequence[PackedBatch]]
+"""Makes this rank's microbatches of a global batch of some kind."""
+
+
+def synthetic_share(config: MM1Config, kind: str, pg_collection: ProcessGroupCollection) -> list[PackedBatch]:
+    """This rank's microbatches of `synthetic_batches`."""
+    return synthetic_batches(config, kind)[pg_collection.dp.rank() :: pg_collection.dp.size()]
+
+
 def run_reference(
-    config: MM1Config, checkpoint: Path, *, backend: str, kinds: Sequence[str], steps: int, folder: Path
+    config: MM1Config,
+    checkpoint: Path,
+    *,
+    backend: str,
+    kinds: Sequence[str],
+    steps: int,
+    folder: Path,
+    batches: Batches = synthetic_share,
 ) -> dict[str, Outcome]:
     """In one process: what each kind of batch gives; the tensors go to `folder` (see `reference_tensors`)."""
 
@@ -141,18 +153,25 @@ def run_reference(
         torch.save(whole_tensors(trial.shards(what)), _reference_file(folder, kind, what))
         return {}
 
-    return _run(config, checkpoint, record, backend=backend, kinds=kinds, steps=steps)
+    return _run(config, checkpoint, record, batches, backend=backend, kinds=kinds, steps=steps)
 
 
 def run_layout(
-    config: MM1Config, checkpoint: Path, *, backend: str, kinds: Sequence[str], steps: int, folder: Path
+    config: MM1Config,
+    checkpoint: Path,
+    *,
+    backend: str,
+    kinds: Sequence[str],
+    steps: int,
+    folder: Path,
+    batches: Batches = synthetic_share,
 ) -> dict[str, Outcome]:
     """On every rank of a layout: each kind of batch against the reference in `folder`."""
 
     def compare(trial: Trial, kind: str, what: str) -> Squares:
         return squared_errors(trial.shards(what), reference_tensors(folder, kind, what))
 
-    return _run(config, checkpoint, compare, backend=backend, kinds=kinds, steps=steps)
+    return _run(config, checkpoint, compare, batches, backend=backend, kinds=kinds, steps=steps)
 
 
 def reference_tensors(folder: Path, kind: str, what: str) -> dict[str, Tensor]:
@@ -170,6 +189,7 @@ def _run(
     config: MM1Config,
     checkpoint: Path,
     observe: Callable[[Trial, str, str], Squares],
+    make_batches: Batches,
     *,
     backend: str,
     kinds: Sequence[str],
@@ -184,7 +204,7 @@ def _run(
     outcomes = {}
     for kind in kinds:
         trial.restore_initial()
-        batches = synthetic_batches(config, kind)
+        batches = make_batches(config, kind, trial.groups)
         losses = [trial.backward(batches)]
         for chunk in trial.model:
             complete_gradients(chunk)

@@ -13,8 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_mm1.config import MM1Config
-from megatron_mm1.config.serialization import to_dict
-from megatron_mm1.errors import UserError
+from megatron_mm1.training.weights_and_biases import WandbRun
 
 
 class RunLogger:
@@ -25,32 +24,23 @@ class RunLogger:
         iteration: steps already taken, where a resumed run's progress bar starts.
         enabled: False makes every method do nothing (ranks other than 0).
         wandb_run_id: the run in Weights & Biases to go on with.
-
-    Attributes:
-        wandb_run_id: the run that is logged to; None without a project, and on other ranks.
-
-    Raises:
-        UserError: a project is set and Weights & Biases is not installed, or does not let the run begin.
     """
 
     def __init__(self, config: MM1Config, *, iteration: int, enabled: bool, wandb_run_id: str | None = None) -> None:
         self.enabled = enabled
         self._bar: tqdm | None = None
         self._tensorboard: Any = None
-        self._wandb: Any = None
-        self.wandb_run_id: str | None = None
+        self._wandb: WandbRun | None = None
+        self._earlier_wandb_run_id = wandb_run_id
         if not enabled:
             return
-        run_dir = Path(config.run_dir)
+        run_dir = self._run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = (run_dir / "log.jsonl").open("a", buffering=1)
         if config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=iteration or None)
+            self._tensorboard = _tensorboard(run_dir, iteration)
         if config.logging.wandb_project is not None:
-            self._wandb = _wandb_run(config, wandb_run_id)
-            self.wandb_run_id = self._wandb.id
+            self._wandb = WandbRun(config, run_id=wandb_run_id, say=self.say)
         wanted = config.logging.progress_bar
         if sys.stderr.isatty() if wanted is None else wanted:
             self._bar = tqdm(
@@ -61,6 +51,11 @@ class RunLogger:
                 dynamic_ncols=True,
                 file=sys.stderr,
             )
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        """The run that is logged to, or one that an earlier process of this run logged to; None: there is none."""
+        return self._earlier_wandb_run_id if self._wandb is None else self._wandb.id
 
     def say(self, text: str) -> None:
         """Print a line without tearing the progress bar."""
@@ -79,6 +74,9 @@ class RunLogger:
         if self._bar is not None:
             self._bar.n = iteration
             self._bar.refresh()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = _tensorboard(self._run_dir, iteration)
 
     def record(self, kind: str, iteration: int, figures: Mapping[str, Any]) -> None:
         """Append one JSON line and, for every finite number in it, a TensorBoard point `kind/name`; others are null."""
@@ -105,29 +103,13 @@ class RunLogger:
                 self._wandb.finish()
 
 
-def _wandb_run(config: MM1Config, run_id: str | None) -> Any:
-    """A new run in Weights & Biases, or the one with this id, whose figures are drawn over the iteration."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "logging.wandb_project needs Weights & Biases: pip install wandb, or leave the project out"
-        ) from error
-    try:
-        run = wandb.init(
-            project=config.logging.wandb_project,
-            name=config.name,
-            id=run_id,
-            resume="allow",
-            dir=config.run_dir,
-            config=to_dict(config),
-        )
-    except wandb.errors.Error as error:
-        raise UserError(f"Weights & Biases: {error}: log in (wandb login), or set WANDB_MODE=offline") from error
-    # A resumed run repeats steps that it had logged; theirs are told apart by the iteration, not by wandb's own count.
-    run.define_metric("iteration")
-    run.define_metric("*", step_metric="iteration")
-    return run
+def _tensorboard(run_dir: Path, iteration: int) -> Any:
+    """A writer for the steps after `iteration`; what an earlier one wrote of them, or of a run that starts over, is no
+    longer shown.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=iteration + 1 if iteration else 0)
 
 
 def _is_finite(value: Any) -> bool:

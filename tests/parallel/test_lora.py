@@ -4,8 +4,11 @@ from functools import cache
 
 import pytest
 
+from megatron_mm1.model import lora, mm1
+from megatron_mm1.parity import jobs
 from megatron_mm1.parity.harness import Comparison, parity_config
 from megatron_mm1.parity.layouts import Layout, choose_layouts
+from tests.parallel.broken import replaced
 from tests.parallel.test_parity import SMALL
 
 LORA = ["--model.lora.rank", "4", "--model.lora.alpha", "12"]
@@ -17,19 +20,17 @@ CONFIGS = {
     "experts": parity_config(["--preset", "mm1-tiny-moe", *SMALL, *LORA, *EXPERTS]),
 }
 CASES = {
+    "dense": ("TP2", "TP2+SP", "TP2+SP images shared", "PP2", "DP2 distributed optimizer"),
+    "decoder": ("PP2", "TP2+SP full recomputation"),
+    "experts": ("TP2+SP EP2", "EP2 DP2"),
+}
+SLOW_CASES = {
     "dense": (
-        "TP2",
-        "TP2+SP",
-        "TP2+SP images shared",
-        "PP2",
         "CP2 images shared",
-        "DP2 distributed optimizer",
         "TP2+SP full recomputation",
         "TP2+SP images shared tower recomputed",
         "PP2 tied output",
     ),
-    "decoder": ("PP2", "TP2+SP full recomputation"),
-    "experts": ("TP2+SP EP2", "EP2 DP2"),
 }
 
 
@@ -46,8 +47,66 @@ def comparisons():
         comparison.__exit__()
 
 
-@pytest.mark.parametrize(("name", "layout"), [(name, layout) for name, chosen in CASES.items() for layout in chosen])
+def parameters(cases, **kwargs):
+    return [pytest.param(name, layout, **kwargs) for name, chosen in cases.items() for layout in chosen]
+
+
+@pytest.mark.parametrize(("name", "layout"), [*parameters(CASES), *parameters(SLOW_CASES, marks=[pytest.mark.slow])])
 def test_every_layout_trains_adapters_as_one_process_does(comparisons, pool, name, layout):
     result = comparisons[name].compare(layouts(name)[layout], pool(2))
     assert result.failure is None, result.failure
     assert result.passed, result.row()
+
+
+def gradients_not_summed_over_the_sequence(*args, **kwargs):
+    def wrong(right):
+        def init(self, *arguments, **options):
+            right(self, *arguments, **options)
+            self.lora_A.sequence_parallel = self.lora_B.sequence_parallel = False
+
+        return init
+
+    with replaced(lora.LoraLinear, "__init__", wrong):
+        return jobs.run_layout(*args, **kwargs)
+
+
+def gradients_not_summed_over_the_rows_of_b(*args, **kwargs):
+    with replaced(lora, "copy_to_tensor_model_parallel_region", lambda right: lambda low, group: low):
+        return jobs.run_layout(*args, **kwargs)
+
+
+def products_not_summed_over_the_columns_of_a(*args, **kwargs):
+    with replaced(lora, "reduce_from_tensor_model_parallel_region", lambda right: lambda low, group: low):
+        return jobs.run_layout(*args, **kwargs)
+
+
+def gate_and_up_split_as_one(*args, **kwargs):
+    with replaced(lora, "apply_swiglu_sharded_factory", lambda right: lambda entry, offsets: entry):
+        return jobs.run_layout(*args, **kwargs)
+
+
+def input_without_gradient(*args, **kwargs):
+    with replaced(mm1, "with_gradient", lambda right: lambda features: features):
+        return jobs.run_layout(*args, **kwargs)
+
+
+RULES = {
+    gradients_not_summed_over_the_sequence: ("dense", "TP2+SP"),
+    gradients_not_summed_over_the_rows_of_b: ("dense", "TP2"),
+    products_not_summed_over_the_columns_of_a: ("dense", "TP2"),
+    gate_and_up_split_as_one: ("dense", "TP2"),
+    input_without_gradient: ("decoder", "TP2+SP full recomputation"),
+}
+"""By job: the configuration and the layout that must show it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__.replace("_", " "))
+def test_a_broken_rule_is_noticed(comparisons, pool, rule):
+    name, layout = RULES[rule]
+    comparison = comparisons[name]
+    comparison.job, right = rule, comparison.job
+    try:
+        assert not comparison.compare(layouts(name)[layout], pool(2)).passed
+    finally:
+        comparison.job = right

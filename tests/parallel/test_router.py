@@ -56,7 +56,7 @@ def plain_torch(config: MM1Config, checkpoint, *, kind: str) -> dict[str, torch.
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     [router] = [module for chunk in trial.model for module in chunk.modules() if isinstance(module, Router)]
     router.register_forward_pre_hook(lambda _, arguments: seen.append((arguments[0].detach(), arguments[1])))
-    trial.backward(jobs.synthetic_batches(config, kind))
+    trial.backward(jobs.synthetic_share(config, kind, trial.groups))
 
     moe = config.model.moe
     weight = router.weight.detach().clone().requires_grad_()
@@ -82,7 +82,7 @@ def ours(config: MM1Config, checkpoint, reference: dict[str, torch.Tensor], *, k
     trial = jobs.Trial(config, backend="local")
     trial.load(checkpoint)
     with patch.object(step, "_loss", losses_of_the_router_alone(step._loss)):
-        trial.backward(jobs.synthetic_batches(config, kind))
+        trial.backward(jobs.synthetic_share(config, kind, trial.groups))
     for chunk in trial.model:
         complete_gradients(chunk)
     parts = (part for part in shards(trial.model, jobs.main_grad, pg_collection=trial.groups) if part.name in reference)

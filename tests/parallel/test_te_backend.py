@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_mm1.config import Fp8Config, MM1Config
+from megatron_mm1.config import Fp8Config, LoraConfig, MM1Config
 from megatron_mm1.config.presets import preset
-from megatron_mm1.config.schema import AttentionKernel, Fp8Recipe
+from megatron_mm1.config.schema import AttentionKernel, Fp8Recipe, LoraTarget
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.inference.requests import ScoringRequest
 from tests import te_jobs
@@ -53,6 +53,16 @@ def test_losses_and_every_gradient_are_the_local_backends(te_pool, layout, kerne
     for distances in te_pool(world_size).run(te_jobs.compare, config_of(name, kernel=kernel, **sizes), KINDS):
         apart = {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}
         assert not apart
+
+
+def test_adapters_and_the_norms_in_front_of_them_are_the_local_backends(te_pool):
+    targets: tuple[LoraTarget, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    config = config_of("mm1-tiny", **TP_SP)
+    lora = LoraConfig(rank=4, alpha=8.0, tower_targets=targets)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
+    for distances in te_pool(2).run(te_jobs.compare, config, ("mixed",)):
+        assert sum("lora_" in name for name in distances) > 0
+        assert not {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_mm1.cli import main
-from megatron_mm1.config.presets import preset
+from megatron_mm1.config.presets import PRESETS, preset
+from megatron_mm1.config.recipes import RECIPES
 from megatron_mm1.data.prepared import Manifest
 from megatron_mm1.errors import ConfigError, UserError
 
@@ -53,6 +54,16 @@ def raise_(error: BaseException) -> Any:
         raise error
 
     return function
+
+
+@pytest.mark.parametrize("command", [["--help"], ["config", "--help"], ["train", "--help"]])
+def test_help_names_presets_and_recipes(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    for names in (PRESETS, RECIPES):
+        assert ", ".join(names) in shown
 
 
 def test_train_hands_over_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

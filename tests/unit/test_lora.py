@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mm1.config import ConfigError, LoraConfig, MM1Config
+from megatron_mm1.config import LoraConfig, MM1Config
 from megatron_mm1.config.loading import load_config
 from megatron_mm1.config.schema import LoraTarget
 from megatron_mm1.config.validation import validate
+from megatron_mm1.errors import ConfigError
 from megatron_mm1.model.lora import is_adapter
 from megatron_mm1.model.mm1 import MM1Model
 from megatron_mm1.planning.flops import step_flops
@@ -53,12 +54,17 @@ def test_planned_parameters_are_the_models(groups, decoder, tower):
 
 def test_tensor_parallel_ranks_share_half_of_each_adapter():
     config = adapted(config_of(), tower_targets=TARGETS["attention"])
-    whole = rank_parameters(config, 0)
-    half = rank_parameters(replace(config, parallel=replace(config.parallel, tensor_model_parallel_size=2)), 0)
-    vision, rank = config.model.vision, 4
-    kept = rank * vision.num_layers * 2 * vision.hidden_size  # A of qkv, B of proj
-    assert half.tower_adapters == (whole.tower_adapters - kept) // 2 + kept
-    assert whole.decoder_adapters / 2 < half.decoder_adapters < whole.decoder_adapters
+
+    def adapters(**sizes: object) -> tuple[int, int]:
+        parameters = rank_parameters(replace(config, parallel=replace(config.parallel, **sizes)), 0)
+        return parameters.tower_adapters, parameters.decoder_adapters
+
+    (tower, decoder), half = adapters(), {"tensor_model_parallel_size": 2}
+    half_tower, half_decoder = adapters(**half, vision_parallel_mode="tensor")
+    kept = 4 * config.model.vision.num_layers * 2 * config.model.vision.hidden_size  # A of qkv, B of proj
+    assert half_tower == (tower - kept) // 2 + kept
+    assert decoder / 2 < half_decoder < decoder
+    assert adapters(**half, vision_parallel_mode="data") == (tower, half_decoder)
 
 
 def test_frozen_weights_save_a_third_of_their_flops():

@@ -27,7 +27,7 @@ def normalise(
 class _Norm(TransformerEngineBaseModule):
     """RMSNorm, and LayerNorm where it has a bias."""
 
-    bias: torch.nn.Parameter | None = None
+    bias: torch.nn.Parameter | None
 
     def make(self, arguments: SimpleNamespace, operation: str, *, bias: bool) -> None:
         """Construct; `operation`: the file of the class that gets the remaining keyword arguments."""
@@ -46,6 +46,8 @@ class _Norm(TransformerEngineBaseModule):
         self.add_parameter("weight", shape, arguments, initial)
         if bias:
             self.add_parameter("bias", shape, arguments, torch.nn.init.zeros_)
+        else:
+            self.register_parameter("bias", None)
         if arguments.sequence_parallel is not None:
             for parameter in self.parameters():
                 parameter.sequence_parallel = arguments.sequence_parallel  # type: ignore[attr-defined]
