@@ -217,4 +217,4 @@ def test_transformers_loads_the_fine_tuned_model(work, tuned, plain):
     for example in work.examples["sft"]:
         with torch.no_grad():
             got, expected = model(**example).logits, plain.tuned.model(**example).logits
-        assert torch.allclose(got, expected, atol=2e-3)
+        assert torch.allclose(got, expected, atol=5e-4)
