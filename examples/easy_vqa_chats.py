@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm1.data.demo import DEMO_CORPUS, SPLITS
+from megatron_mm1.data.files import replace_file
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     with (args.corpus / "raw" / "questions" / args.split / "questions.jsonl").open(encoding="utf-8") as rows:
         chats = [conversation(json.loads(row)) for row in islice(rows, args.limit)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(chats, indent=1), encoding="utf-8")
+    replace_file(args.output, json.dumps(chats, indent=1).encode())
     print(f"{args.output}: {len(chats):,} conversations")
 
 

@@ -25,7 +25,9 @@ ask() {
 }
 
 for split in train validation; do
-  python examples/easy_vqa_chats.py --corpus "$corpus" --split "$split" --output "$folder/$split.json"
+  # Prepared data remembers its input, which must not be written anew.
+  [[ -f $folder/$split.json ]] ||
+    python examples/easy_vqa_chats.py --corpus "$corpus" --split "$split" --output "$folder/$split.json"
   mm1 data prepare --reader chat --input "$folder/$split.json" --option images="$corpus/raw/questions/$split" \
     --tokenizer "$corpus/tokenizer.model" --output "$folder/data/$split"
 done
