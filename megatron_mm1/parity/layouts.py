@@ -132,7 +132,13 @@ def _is_idle(sizes: Mapping[str, Any]) -> bool:
 def _is_legal(config: MM1Config, layout: Layout) -> bool:
     """Legal also for the configuration's own global batch, of which the comparison takes a part."""
     trial = layout.configure(config) if layout.options else replace(config, parallel=layout.parallel)
-    training = replace(trial.training, global_batch_size=config.training.global_batch_size, eval_interval=0)
+    training = replace(
+        trial.training,
+        global_batch_size=config.training.global_batch_size,
+        batch_size_ramp=(),
+        frozen_steps={},
+        eval_interval=0,
+    )
     try:
         validate(replace(trial, training=training), world_size=layout.world_size)
     except ConfigError:

@@ -27,7 +27,7 @@ def training(log: RunLog) -> str:
         _figure("Gradient norm", norms, unit="before clipping"),
         _figure("Throughput", {"": log.line("train", "tokens_per_second")}, unit="tokens per second"),
         _figure("Speed of a GPU, or of a CPU process", {"": log.line("train", "tflops_per_gpu")}, unit="TFLOP/s"),
-        _figure("Learning rate", rates, unit=""),
+        _figure("Learning rate", _joined(rates), unit=""),
     ]
     note = "Losses and norms are those of the logged step alone, whose sequences may be of few sources."
     return f'{_grid(shown)}<p class="note">{note}</p>'
@@ -113,6 +113,14 @@ def summary(log: RunLog) -> str:
 def _starting_with(log: RunLog, prefix: str) -> dict[str, Line]:
     names = [name for name in log.names("train") if name.startswith(prefix)]
     return {name.removeprefix(prefix): log.line("train", name) for name in names}
+
+
+def _joined(lines: Mapping[str, Line]) -> dict[str, Line]:
+    """Equal lines as one, which would else hide each other."""
+    labels: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for label, line in lines.items():
+        labels.setdefault(tuple(line.items()), []).append(label)
+    return {", ".join(same): dict(points) for points, same in labels.items()}
 
 
 def _figure(title: str, lines: Mapping[str, Line], *, unit: str) -> str:

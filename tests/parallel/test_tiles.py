@@ -1,15 +1,13 @@
 """Images of 1344 px become 5 x 144 tokens on every rank of every layout, and train as they do in one process."""
 
 import dataclasses
-import zlib
 
 import pytest
 
 from megatron_mm1.config import MM1Config
 from megatron_mm1.parity.harness import Comparison, parity_config
-from megatron_mm1.parity.layouts import Layout
 from tests.parallel import tile_jobs
-from tests.parallel.test_parity import FAST_WORLD_SIZE, SMALL, assert_equal, layouts
+from tests.parallel.test_parity import SMALL, assert_equal, layouts
 
 OF_672_PX = [
     *("--model.vision.image_size", "672", "--model.vision.patch_size", "28"),
@@ -18,12 +16,16 @@ OF_672_PX = [
 ]
 """Twelve times twelve tokens of 24 x 24 patches."""
 CONFIGS = {name: parity_config(["--preset", name, *SMALL, *OF_672_PX]) for name in ("mm1-tiny", "mm1-tiny-moe")}
-
-
-def kinds_of(layout: Layout) -> list[str]:
-    """Crops in every layout, dynamic tiles in half of those of few processes and in all others."""
-    has_both = layout.world_size > FAST_WORLD_SIZE or zlib.crc32(layout.name.encode()) % 2
-    return list(tile_jobs.TILINGS)[: 1 + bool(has_both)]
+FAST = (
+    "DP2, gradients reduced meanwhile",
+    "TP2+SP images shared, tower recomputed",
+    "PP3, first stage encodes only",
+    "PP2 CP2, selective recomputation",
+    "PP2 VPP2 DP2, gradients reduced meanwhile",
+    "TP2+SP EP2, all-gather",
+    "CP2 EP2, expert bias",
+)
+"""Each dimension of a layout in one at least; all others are slow."""
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +55,11 @@ def comparisons(tmp_path_factory: pytest.TempPathFactory):
             name,
             layout,
             id=f"{name}: {layout.name}",
-            marks=[pytest.mark.slow] if layout.world_size > FAST_WORLD_SIZE else [],
+            marks=[] if layout.name in FAST else [pytest.mark.slow],
         )
         for name, layout in layouts("pairs")
     ],
 )
 def test_tiles_train_in_a_layout_as_in_one_process(comparisons, pool, name, layout):
     """Loss, the gradient of every parameter and its update; `share_of_tiles` looks at each rank's batches."""
-    assert_equal(comparisons[name], layout, pool, kinds_of(layout))
+    assert_equal(comparisons[name], layout, pool, tuple(tile_jobs.TILINGS))

@@ -175,6 +175,14 @@ def test_experts_are_means_over_blocks() -> None:
     assert re.search(r"1\s+1\s+2\s+3\s+3\s", Page(sections.experts(log)).text)
 
 
+def test_equal_learning_rates_are_one_line_with_all_their_names(tmp_path: Path) -> None:
+    rates = {"learning_rate tower": 1e-3, "learning_rate connector": 8e-5}
+    page = page_of(write_run(tmp_path / "run", [train_record(step, **rates) for step in (10, 20)]))
+    *_, plot = page.pictures("image/svg+xml")
+    words = list(ElementTree.fromstring(plot).itertext())
+    assert "decoder, tower" in words and "connector" in words
+
+
 def test_exchanged_images_are_a_dashed_line_of_the_same_colour() -> None:
     lines = {"a": {0: 1.0, 10: 2.0}, "b": {0: 3.0, 10: 4.0}}
     dashed = [
