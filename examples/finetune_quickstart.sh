@@ -20,7 +20,7 @@ in_parallel() {
 
 # CHECKPOINT OUTPUT [mm1 eval options..]
 ask() {
-  in_parallel eval --checkpoint "$1" --output "$2" --tensor-model-parallel-size 1 --limit 1000 \
+  in_parallel eval --checkpoint "$1" --output "$2" --tensor-model-parallel-size 1 \
     --task demo_questions --task demo_questions_exchanged "${@:3}"
 }
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 
-from megatron_mm1.checkpoint.format import CheckpointMetadata
+from megatron_mm1.checkpoint.format import OPTIMIZER_PREFIX, CheckpointMetadata
 from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint
 from megatron_mm1.config.serialization import to_dict
 from megatron_mm1.parity.harness import parity_config
@@ -149,6 +151,21 @@ def train_and_save(config, folder: Path) -> Path:
     return path
 
 
+def written_once(config):
+    """On each rank: name and place of the blocks of the optimizer's state that it writes."""
+    run = Run(config)
+    steps(run, range(1))
+    state = training_state(run.model, run.optimizer, run.scheduler, pg_collection=run.groups)
+    apply_factories(state)
+    blocks = [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
+    run.close()
+    return [
+        (part.key, part.global_offset)
+        for part in blocks
+        if part.key.startswith(OPTIMIZER_PREFIX) and is_main_replica(part.replica_id)
+    ]
+
+
 def resume_and_train(config, checkpoint: Path, folder: Path):
     """On each rank: the other half, over other weights so that gaps show."""
     run = Run(config)
@@ -196,6 +213,13 @@ def test_its_state_goes_into_any_layout(pool, references, tmp_path, saved_in, re
     checkpoint = pool(LAYOUTS[saved_in][0]).run(train_and_save, config_of(saved_in), tmp_path)[0]
     ranks = pool(LAYOUTS[resumed_in][0]).run(resume_and_train, config_of(resumed_in), checkpoint, folder)
     assert_equal(ranks, folder)
+
+
+@pytest.mark.parametrize("layout", ["mm1-tiny: TP2+SP", "mm1-tiny: DP2", "mm1-tiny-moe: TP2+SP ETP2"])
+def test_one_rank_writes_what_several_have(pool, layout):
+    """A column of a matrix whose rows are shared out is the same on all tensor-parallel ranks."""
+    blocks = [block for rank in pool(LAYOUTS[layout][0]).run(written_once, config_of(layout)) for block in rank]
+    assert blocks and len(blocks) == len(set(blocks))
 
 
 def test_its_state_is_small(pool, tmp_path):
