@@ -25,6 +25,6 @@ def test_fine_tuning_raises_held_out_accuracy_at_both_resolutions(demo_corpus: P
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         printed = done.stdout
     goals = [line for line in printed.splitlines() if " goal >" in line]
-    assert len(goals) == 4 and all(line.endswith(" ok") for line in goals)
+    assert len(goals) == 8 and all(line.endswith(" ok") for line in goals)
     for tiling in ("none", "overview_and_crops"):
         assert "demo_questions_exchanged" in (folder / tiling / "report.html").read_text()
