@@ -41,7 +41,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
         *both_spellings("chat-template"),
         type=Path,
         metavar="FILE",
-        help="--chat with this template, instead of the one that belongs to the tokenizer",
+        help="the same with this template, instead of the one that belongs to the tokenizer (implies --chat)",
     )
 
 

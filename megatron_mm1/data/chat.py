@@ -17,10 +17,13 @@ from megatron_mm1.data.tokenizer import CHAT_SYMBOLS, Tokenizer
 from megatron_mm1.data.tokenizer.tokenizer_json import CONFIG, read_json
 from megatron_mm1.errors import UserError
 
-IMAGE, _BEGIN, _END, _ORDINARY = (chr(0x10FFF0 + number) for number in range(4))
+IMAGE, _BEGIN, _END, _ORDINARY, _ANSWER = (chr(0x10FFF0 + number) for number in range(5))
 """Characters for private use that stand for something while a template is rendered: an image, the beginning and the end
-of what the assistant says, and, inside the name of a control symbol, that this is ordinary text."""
-MARKS = frozenset((IMAGE, _BEGIN, _END, _ORDINARY))
+of what is trained, inside the name of a control symbol, that this is ordinary text, and an answer that is still to be
+given."""
+MARKS = frozenset((IMAGE, _BEGIN, _END, _ORDINARY, _ANSWER))
+
+OPTIONS = "mm1 data prepare --option template=FILE, --chat-template FILE of other commands"
 
 OWN_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
@@ -89,15 +92,16 @@ class ChatTemplate:
         self._symbols = re.compile(f"(?:{'|'.join(map(re.escape, symbols))})(?!{_ORDINARY})")
         try:
             self._template = environment.from_string(source)
-            probe = self._text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            before, after = self._around_answer([{"role": "user", "content": "a"}])
         except (jinja2.TemplateError, TemplateError) as error:
             raise UserError(f"{origin} is no chat template: {error}") from error
-        if _BEGIN not in probe:
+        if before.rfind(_BEGIN) <= before.rfind(_END):
             raise UserError(
                 f"{origin} does not say what the assistant says, and only that is trained: put {{% generation %}} and "
-                "{% endgeneration %} around it in a copy of the template, and name that (--option template=FILE)"
+                f"{{% endgeneration %}} around it in a copy of the template, and name that ({OPTIONS})"
             )
-        self.ends = tuple(self._symbols.findall(probe[probe.rindex(_BEGIN) : probe.rindex(_END)]))
+        trained = "".join(stretch.partition(_END)[0] for stretch in after.split(_BEGIN))
+        self.ends = tuple(self._symbols.findall(trained))
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[Text | Control | _Slot]:
         """Parts of a conversation; those inside of the template's generation blocks are trained.
@@ -114,13 +118,21 @@ class ChatTemplate:
         """What stands in front of the assistant's next answer, just as `render` has it there.
 
         It is cut out of the answered conversation: whatever a template makes of `add_generation_prompt`, a model is
-        asked as it was trained.
+        asked as it was trained. Spaces right in front of an answer are the answer's, as its first token has them.
 
         Raises:
             TemplateError: as `render`.
         """
-        answered = self._rendered([*messages, {"role": "assistant", "content": "a"}])
-        return list(self._parts(answered[: answered.rindex(_BEGIN)]))
+        before, _ = self._around_answer(messages)
+        return list(self._parts(before.rstrip(f" {_BEGIN}")))
+
+    def _around_answer(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
+        """What the template writes before and behind an answer to these."""
+        answered = self._rendered([*messages, {"role": "assistant", "content": _ANSWER}])
+        if answered.count(_ANSWER) != 1:
+            raise TemplateError(f"the template writes an answer {answered.count(_ANSWER)} times")
+        before, _, after = answered.partition(_ANSWER)
+        return before, after
 
     def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
         protected = [{**message, "content": self._protected(message["content"])} for message in messages]
@@ -191,7 +203,7 @@ def find_template(tokenizer: Tokenizer) -> tuple[str, str]:
     raise UserError(
         f"no chat template: there is no {file.name} beside {tokenizer.path}, no chat_template in {CONFIG}, and the "
         f"tokenizer lacks {', '.join(sorted(set(CHAT_SYMBOLS) - set(tokenizer.controls)))}, which this program's "
-        "template writes: name one (--option template=FILE)"
+        f"template writes: name one ({OPTIONS})"
     )
 
 

@@ -11,7 +11,6 @@ import torch
 import xxhash
 
 from megatron_mm1.checkpoint.format import digest_of, find_checkpoint, read_metadata
-from megatron_mm1.config import MM1Config
 from megatron_mm1.data.chat import ChatTemplate
 from megatron_mm1.data.tiling import Kind
 from megatron_mm1.errors import UserError
@@ -119,7 +118,7 @@ def evaluate(
     conditions = plan(built, series, limit=limit)
     checkpoint = find_checkpoint(checkpoint)
     identity = _identity(checkpoint)
-    _check_resolution(series.settings, read_metadata(checkpoint).mm1_config())
+    _check_resolution(series.settings, image_tiling or read_metadata(checkpoint).mm1_config().data.image_tiling)
     with open_engine(
         checkpoint,
         sizes=sizes,
@@ -168,13 +167,12 @@ def run(
     return [measure(condition, of_it) for condition, of_it in zip(conditions, outcomes, strict=True)]
 
 
-def _check_resolution(settings: FewShot, config: MM1Config) -> None:
+def _check_resolution(settings: FewShot, tiling: Kind) -> None:
     """Raises UserError where some demonstrations are to be in high resolution and there is none."""
-    is_tiled = config.data.image_tiling != "none"
-    if settings.high_resolution_shots is not None and settings.high_resolution is None and not is_tiled:
+    if settings.high_resolution_shots is not None and settings.high_resolution is None and tiling == "none":
         raise UserError(
             f"only {settings.high_resolution_shots} demonstrations in high resolution, but no high resolution: this "
-            "model cuts no images into tiles, so say how many px it is, or leave this out"
+            "evaluation cuts no images into tiles, so say how many px it is, or leave this out"
         )
 
 

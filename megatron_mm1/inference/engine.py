@@ -59,7 +59,7 @@ class Engine:
         self.replica = Replica([model] if isinstance(model, torch.nn.Module) else model, pg_collection)
         self.features = ImageFeatures(config, self.replica, capacity_bytes=image_cache_bytes, together=images_together)
         self._encode = PromptEncoder.of(config, tokenizer, template=chat)
-        part = _vocabulary_part(config, tokenizer, pg_collection)
+        part = _vocabulary_part(config, tokenizer, pg_collection, ends=self._encode.ends)
         self._generator = Generator(
             self.replica, self.features, part, batch_size=batch_size, max_positions=max_positions
         )
@@ -124,11 +124,11 @@ def check_askable(config: MM1Config) -> None:
         )
 
 
-def _vocabulary_part(config: MM1Config, tokenizer: Tokenizer, groups: ProcessGroupCollection) -> VocabularyPart:
+def _vocabulary_part(
+    config: MM1Config, tokenizer: Tokenizer, groups: ProcessGroupCollection, *, ends: Sequence[int]
+) -> VocabularyPart:
     size = padded_vocab_size(config.model.decoder.vocab_size, groups.tp.size()) // groups.tp.size()
     tokens = torch.arange(size) + groups.tp.rank() * size
-    never = {tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id} - {
-        tokenizer.eos_id
-    }  # one id may pad and end texts
+    never = {tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id} - {*ends}  # one id may pad and end texts
     allowed = (tokens < tokenizer.vocab_size) & ~torch.isin(tokens, torch.tensor(sorted(never)))
     return VocabularyPart(groups.tp, groups.tp.rank() * size, allowed.to(device()))

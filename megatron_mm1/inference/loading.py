@@ -127,36 +127,43 @@ def open_engine(
 
 
 def with_tiling(config: MM1Config, kind: Kind) -> MM1Config:
-    """A model that cuts images into tiles in another way than in training, or not at all."""
+    """A model that cuts images into tiles in another way than in training, or not at all.
+
+    Raises:
+        UserError: an image in so many tiles is longer than the model's sequences.
+    """
     most = {"none": 1, "overview_and_crops": 5, "dynamic": config.data.max_image_tiles + 1}[kind]
-    tiled = replace(
-        config.data,
-        image_tiling=kind,
-        tile_indicators=config.data.tile_indicators and kind != "none",
-        max_images_per_sequence=max(config.data.max_images_per_sequence, most),  # one image must fit
-    )
-    return replace(config, data=tiled)
+    indicators = config.data.tile_indicators and kind != "none"
+    data = replace(config.data, image_tiling=kind, tile_indicators=indicators)
+    return _with_room(replace(config, data=data), most, asked=f"image tiling {kind}")
 
 
 def with_grids(config: MM1Config, *, max_image_tiles: int) -> MM1Config:
     """A model that cuts images into other grids than in training.
 
     Raises:
-        UserError: it cuts images into no grids that could be larger or smaller.
+        UserError: it cuts images into no grids that could be larger or smaller, or so many tiles are longer than its
+            sequences.
     """
-    data = config.data
+    data, asked = config.data, f"max_image_tiles {max_image_tiles}"
     if data.image_tiling != "dynamic":
         raise UserError(
-            f"max_image_tiles {max_image_tiles}: this model's data.image_tiling is {data.image_tiling}, and only "
-            "dynamic grids have more or fewer tiles: leave it out"
+            f"{asked}: this model's data.image_tiling is {data.image_tiling}, and only dynamic grids have more or "
+            "fewer tiles: leave it out"
         )
-    tiles = replace(
-        data,
-        min_image_tiles=min(data.min_image_tiles, max_image_tiles),
-        max_image_tiles=max_image_tiles,
-        max_images_per_sequence=max(data.max_images_per_sequence, max_image_tiles + 1),  # one image must fit
-    )
-    return replace(config, data=tiles)
+    tiles = replace(data, min_image_tiles=min(data.min_image_tiles, max_image_tiles), max_image_tiles=max_image_tiles)
+    return _with_room(replace(config, data=tiles), max_image_tiles + 1, asked=asked)
+
+
+def _with_room(config: MM1Config, most: int, *, asked: str) -> MM1Config:
+    """With room for one image in `most` tiles, the whole counted."""
+    data, tokens = config.data, config.model.connector.tokens_per_image
+    if most * tokens + 2 > data.seq_length:
+        raise UserError(
+            f"{asked}: {most} tiles of {tokens} tokens do not fit the {data.seq_length} positions of this model's "
+            "sequences: leave it out, or ask for fewer tiles"
+        )
+    return replace(config, data=replace(data, max_images_per_sequence=max(data.max_images_per_sequence, most)))
 
 
 def inference_config(saved: MM1Config, *, sizes: ParallelSizes, world_size: int) -> MM1Config:

@@ -185,6 +185,43 @@ def test_own_template_asks_up_to_the_answer(demo_corpus: Path) -> None:
     assert written.ends == ("<|end|>",)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        "{% generation %}<|im_start|>assistant\n{{ content }}<|im_end|>{% endgeneration %}",
+        "<|im_start|>{% generation %}assistant\n{{ content }}{% endgeneration %}{% generation %}<|im_end|>"
+        "{% endgeneration %}",
+        "<|im_start|>assistant\n{% generation %} {{ content }}<|im_end|>{% endgeneration %}<|im_start|>",
+        "<|im_start|>assistant\n {% generation %}{{ content }}<|im_end|>{% endgeneration %}",
+    ],
+    ids=["with its header", "in two", "behind a space", "a space in front"],
+)
+def test_whatever_is_trained_beside_the_answer_a_model_is_asked_up_to_it(tokenizer: Tokenizer, block: str) -> None:
+    source = (
+        "{% for message in messages %}{% set content = message.content %}"
+        "{% if message.role == 'user' %}Q {{ content }}\n{% else %}" + block + "{% endif %}{% endfor %}"
+    )
+    written = ChatTemplate(source, tokenizer, origin="test")
+    asked = written.ask([{"role": "user", "content": "Hi"}])
+    said = "".join(part.symbol if isinstance(part, Control) else part.text for part in asked)
+    assert said == "Q Hi\n<|im_start|>assistant\n"
+    assert written.ends == ("<|im_end|>",)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        ("{{ content }}{% generation %}<|im_end|>{% endgeneration %}", "does not say what the assistant says"),
+        ("{% generation %}{{ content }}{{ content }}{% endgeneration %}", "writes an answer 2 times"),
+        ("{% generation %}{% endgeneration %}", "writes an answer 0 times"),
+    ],
+)
+def test_a_template_must_train_what_is_answered(tokenizer: Tokenizer, block: str, reason: str) -> None:
+    source = "{% for message in messages %}{% set content = message.content %}" + block + "{% endfor %}"
+    with pytest.raises(UserError, match=reason):
+        ChatTemplate(source, tokenizer, origin="test")
+
+
 @pytest.mark.parametrize("text", ["A naïve ☃ cat", " a", "x\n\ny", "日本"])
 def test_offsets_of_sentencepiece_cover_the_text(demo_corpus: Path, text: str) -> None:
     tokenizer = open_tokenizer(demo_corpus / "tokenizer.model")
@@ -240,7 +277,7 @@ def test_a_template_that_refuses_or_loses_an_image_rejects_the_record(tmp_path: 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages[0].content }}", "does not say what the assistant says"),
+        ("{{ messages[0].content }}", "the template writes an answer 0 times"),
         ("{% for message in messages %}", "is no chat template"),
         ("{{ messages.append(1) }}", "is no chat template: SecurityError"),
     ],

@@ -201,12 +201,21 @@ def test_only_the_last_demonstrations_are_cut_into_tiles(task):
     settings = FewShot(high_resolution_shots=1)
     results_of(task, series=Series((0, 3), settings=settings), responder=Looker(), limit=5)
     assert seen == {(Image,): 5, (WholeImage, WholeImage, Image, Image): 5}
-    whole = preset("mm1-tiny")
-    tiled = replace(whole, data=replace(whole.data, image_tiling="overview_and_crops"))
-    _check_resolution(settings, tiled)
-    _check_resolution(replace(settings, high_resolution=96), whole)
+    _check_resolution(settings, "overview_and_crops")
+    _check_resolution(replace(settings, high_resolution=96), "none")
     with pytest.raises(UserError, match="cuts no images into tiles, so say how many px"):
-        _check_resolution(settings, whole)
+        _check_resolution(settings, "none")
+
+
+def test_tiles_that_no_sequence_of_the_model_has_room_for_are_refused():
+    config = preset("llava15-7b")  # 576 tokens a tile
+    config = replace(config, data=replace(config.data, seq_length=2048))
+    with pytest.raises(UserError, match="image tiling overview_and_crops: 5 tiles of 576 tokens do not fit the 2048"):
+        with_tiling(config, "overview_and_crops")
+    tiled = replace(config, data=replace(config.data, image_tiling="dynamic"))
+    with pytest.raises(UserError, match="max_image_tiles 3: 4 tiles of 576 tokens"):
+        with_grids(tiled, max_image_tiles=3)
+    assert with_grids(tiled, max_image_tiles=2).data.max_images_per_sequence >= 3
 
 
 @pytest.mark.parametrize("change", ["model", "limit", "seed", "resolution", "stopping"])
