@@ -71,9 +71,11 @@ def share_of_tiles(config: MM1Config, kind: str, pg_collection: ProcessGroupColl
     count = config.training.global_batch_size // (config.training.micro_batch_size * dp.size())
     share = list(islice(batches, count))
     batches.close()
-    grids = [grid for batch in share for grid in check_tiles(config, batch, tokenizer.image_id, encodes=encodes)]
-    assert (2, 2) in grids
-    assert set(grids) == {(2, 2)} if kind == "overview and crops" else len(set(grids)) > 1
+    mine = [grid for batch in share for grid in check_tiles(config, batch, tokenizer.image_id, encodes=encodes)]
+    shares: list[list[tuple[int, int]]] = [[] for _ in range(dp.size())]
+    torch.distributed.all_gather_object(shares, mine, group=dp)
+    grids = {grid for share_of_grids in shares for grid in share_of_grids}
+    assert (2, 2) in grids and (len(grids) == 1) == (kind == "overview and crops")
     return share
 
 
@@ -83,6 +85,9 @@ run_reference = partial(jobs.run_reference, batches=share_of_tiles)
 
 def check_tiles(config: MM1Config, batch: PackedBatch, image_id: int, *, encodes: bool) -> list[tuple[int, int]]:
     """The grid of each image: its tiles are all there, in order, of 144 slots each, with the pixels of their places."""
+    if not batch.images:
+        assert not (batch.tokens == image_id).any()
+        return []
     (group,) = batch.images
     slots, index = group.slots, group.tile_index
     assert (group.height, group.width, slots.shape[1]) == (SIDE, SIDE, TOKENS)
