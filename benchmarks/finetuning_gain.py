@@ -26,13 +26,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="DIR")
     args = parser.parse_args(argv)
     try:
-        evaluated = {run.name: (read_figures(run / "before"), read_figures(run / "after")) for run in args.runs}
+        names = distinct_names(args.runs)
+        evaluated = {
+            name: (read_figures(run / "before"), read_figures(run / "after"))
+            for name, run in zip(names, args.runs, strict=True)
+        }
     except UserError as error:
         print(f"finetuning_gain: error: {error}", file=sys.stderr)
         return 2
     for name, (before, after) in evaluated.items():
         print("\n".join(table(name, before, after)))
     return report({}, [goal for name, figures in evaluated.items() for goal in goals(name, *figures)])
+
+
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """The folders' names, which goals are told apart by.
+
+    Raises:
+        UserError: two of them are the same.
+    """
+    names = [run.resolve().name for run in runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"several runs are called {', '.join(twice)}: rename their folders, or compare one at a time")
+    return names
 
 
 def table(name: str, before: Mapping[str, Figures], after: Mapping[str, Figures]) -> list[str]:

@@ -72,6 +72,10 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
     _write(args, plan, metadata)
 
 
+_WITHOUT_PIXELS = ("clip", "siglip", "llava")
+"""Families with images whose configuration leaves their preprocessing to other files, which are not written."""
+
+
 def export_main(args: Namespace) -> None:
     """A checkpoint's weights, or some parts of them, as another library's folder."""
     checkpoint = MM1Checkpoint(args.checkpoint)
@@ -115,6 +119,12 @@ def export_main(args: Namespace) -> None:
         **names,
     )
     _print_result(args.output, plan)
+    if args.family in _WITHOUT_PIXELS:
+        vision = config.model.vision
+        print(
+            f"it does not say what images it takes, its image processor has to: image_resize {vision.image_resize} "
+            f"to {vision.image_size} px, mean {vision.image_mean}, std {vision.image_std}"
+        )
 
 
 def reshard_main(args: Namespace, config_arguments: Sequence[str]) -> None:

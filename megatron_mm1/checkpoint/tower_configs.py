@@ -46,7 +46,8 @@ _PIXELS = {"clip": _CLIP_PIXELS, "open_clip": _CLIP_PIXELS, "siglip": ((0.5,) * 
 """Mean and standard deviation of the pixels the published models were trained on."""
 
 _RESIZES: Mapping[Any, Literal["squash", "shorter_side_crop"]] = {"squash": "squash", "shortest": "shorter_side_crop"}
-"""open_clip's names of how an image becomes a square, and ours; transformers' vision configuration does not say."""
+"""open_clip's names of how an image becomes a square, and ours; transformers' vision configuration does not say. Its
+"longest" is not our "pad": it resizes before it pads, which gives other pixels at the edges."""
 
 _OPEN_CLIP_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attentional_pool": (False, None),
@@ -225,3 +226,5 @@ def inexpressible(family: str, vision: VisionConfig) -> Iterator[str]:
         width, ffn = vision.hidden_size, vision.ffn_hidden_size
         if int(width * (ffn / width)) != ffn:
             yield f"vision.ffn_hidden_size {ffn} is no ratio to hidden_size {width} that gives it back"
+        if vision.image_resize not in _RESIZES.values():
+            yield f"vision.image_resize is {vision.image_resize}, it takes {', '.join(_RESIZES.values())}"

@@ -31,7 +31,7 @@ class RunLogger:
         self._bar: tqdm | None = None
         self._tensorboard: Any = None
         self._wandb: WandbRun | None = None
-        self._earlier_wandb_run_id = wandb_run_id
+        self._earlier_wandb_run_id = wandb_run_id if enabled else None
         if not enabled:
             return
         run_dir = self._run_dir = Path(config.run_dir)
@@ -54,7 +54,9 @@ class RunLogger:
 
     @property
     def wandb_run_id(self) -> str | None:
-        """The run that is logged to, or one that an earlier process of this run logged to; None: there is none."""
+        """The run that is logged to, or one that an earlier process of this run logged to; None: there is none, or this
+        rank does not log (rank 0 writes a checkpoint's metadata).
+        """
         return self._earlier_wandb_run_id if self._wandb is None else self._wandb.id
 
     def say(self, text: str) -> None:

@@ -81,7 +81,7 @@ class CheckpointSaver:
         """Begin to write a checkpoint, after the one under way if there is one.
 
         Args:
-            metadata: what the checkpoint is.
+            metadata: what the checkpoint is; rank 0's is written.
             state: this rank's part, as `training_state` describes it; free to change once this returns.
 
         Raises:

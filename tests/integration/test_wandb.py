@@ -2,6 +2,7 @@
 training. And what TensorBoard and `mm1 report` show of a run that was killed.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -31,7 +32,8 @@ def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     yield
-    wandb.teardown()  # it reads its variables once
+    with contextlib.suppress(ConnectionError):  # of a service that a test has killed
+        wandb.teardown()  # it reads its variables once
 
 
 def logging_to_wandb(config, run_dir):
@@ -52,7 +54,8 @@ def test_figures_arrive(tmp_path):
 
 
 def test_other_ranks_log_nothing(tmp_path):
-    logger = RunLogger(logging_to_wandb(preset("mm1-tiny"), tmp_path), iteration=0, enabled=False)
+    config = logging_to_wandb(preset("mm1-tiny"), tmp_path)
+    logger = RunLogger(config, iteration=0, enabled=False, wandb_run_id="before")
     assert logger.wandb_run_id is None and not list(tmp_path.iterdir())
 
 
@@ -93,7 +96,7 @@ def test_without_the_package_the_rest_is_logged(tmp_path, capsys, monkeypatch):
     ("variables", "message"),
     [
         ({"WANDB_API_KEY": 40 * "a", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2"}, "CommError"),
-        ({"WANDB_CONFIG_DIR": "{folder}", "NETRC": "{folder}/netrc"}, "No API key configured"),
+        ({"WANDB_CONFIG_DIR": "{folder}", "NETRC": "{folder}/netrc"}, "nobody is logged in"),
     ],
     ids=["no network", "nobody logged in"],
 )
@@ -130,6 +133,19 @@ def test_its_service_dies_meanwhile(tmp_path, capsys):
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 29
     assert capsys.readouterr().out.count("Weights & Biases") == 1
     assert logger.wandb_run_id == run_id is not None
+
+
+def test_it_refuses_to_plot_by_iteration(tmp_path, capsys, monkeypatch):
+    """No second run begins beside the one that has."""
+    import wandb
+
+    def refuses(*_, **__):
+        raise wandb.errors.UsageError("no metric of that name")
+
+    monkeypatch.setattr(wandb.Run, "define_metric", refuses)
+    logger, said = failing_logger(tmp_path, capsys)
+    assert said.count("Weights & Biases") == 1 and "no metric of that name; it gets no more figures" in said
+    assert [run.name.split("-")[-1] for run in tmp_path.glob("wandb/*-run-*")] == [logger.wandb_run_id]
 
 
 def tensorboard_points(run_dir: Path, tag: str) -> list[int]:

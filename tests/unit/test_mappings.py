@@ -12,12 +12,15 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from open_clip.model import _build_vision_tower
+from open_clip.transform import image_transform
+from torchvision.transforms.functional import to_pil_image
 
 from megatron_mm1.checkpoint.decoder_configs import DECODERS
 from megatron_mm1.checkpoint.families import FAMILIES, export_model, family_of, import_model
 from megatron_mm1.checkpoint.tensors import Piece, Plan, StateDict, TensorInfo, collect
 from megatron_mm1.checkpoint.tower_configs import DEFAULTS
 from megatron_mm1.config import ConnectorConfig, DecoderConfig, ModelConfig, MoEConfig, VisionConfig
+from megatron_mm1.data.images.geometry import square
 from megatron_mm1.errors import UserError
 from tests import pretrained
 
@@ -341,6 +344,7 @@ INEXPRESSIBLE: list[tuple[str, dict[str, Any], list[str]]] = [
     ("siglip", {}, ["class_token is True", "patch_bias is False", "pre_layernorm is True"]),
     ("clip", dict(vision=dict(patch_bias=True)), ["vision.patch_bias is True, it takes False"]),
     ("open_clip", dict(vision=dict(final_layernorm=False)), ["vision.final_layernorm is False, it takes True"]),
+    ("open_clip", dict(vision=dict(image_resize="pad")), ["image_resize is pad, it takes squash, shorter_side_crop"]),
     ("llava", {}, ["connector is c_abstractor, it takes mlp", "final_layernorm is True", "say which"]),
     ("gpt2", {}, []),
 ]
@@ -360,6 +364,16 @@ def test_a_model_that_a_family_cannot_express_is_refused(
         export_model(family, model, StateDict({}))
     assert len(faults(caught)) == len(reasons)
     assert all(re.search(reason, str(caught.value)) for reason in reasons)
+
+
+def test_a_padded_image_is_none_of_open_clips() -> None:
+    """Its "longest" resizes before it pads, where ours is LLaVA's: the pixels at the border are others."""
+    image = torch.full((3, 30, 60), 250, dtype=torch.uint8)
+    theirs = image_transform(
+        16, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode="longest", fill_color=100
+    )(to_pil_image(image))
+    ours = square(image, side=16, mode="pad", padding=torch.full((3, 1, 1), 100, dtype=torch.uint8))
+    assert (theirs * 255 - ours).abs().max() > 10
 
 
 def test_a_llava_needs_an_image_token_of_its_vocabulary() -> None:

@@ -195,6 +195,14 @@ def test_missing_extra_and_misshaped_tensors_are_all_named(config: MM1Config, st
         import_from_transformers(theirs, StateDict(tensors))
 
 
+@pytest.mark.parametrize("resize", ["shorter_side_crop", "pad"])
+def test_images_that_are_not_squashed_are_refused(config: MM1Config, state, resize: str) -> None:
+    vision = replace(config.model.vision, image_resize=resize)
+    config = replace(config, model=replace(config.model, vision=vision))
+    with pytest.raises(UserError, match=f"image_resize is {resize}: the exported image processor only squashes"):
+        export_transformers(config, StateDict(state))
+
+
 def test_a_tokenizer_with_more_pieces_than_embeddings_is_refused(config: MM1Config, state) -> None:
     small = {name: tensor[:128] if len(tensor) == 384 else tensor for name, tensor in state.items()}
     with pytest.raises(UserError, match="has 320 pieces, but the model only 128 embeddings"):
