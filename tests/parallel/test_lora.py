@@ -80,6 +80,25 @@ def products_not_summed_over_the_columns_of_a(*args, **kwargs):
         return jobs.run_layout(*args, **kwargs)
 
 
+def repeated(low, group):
+    return low.repeat(group.size(), *[1] * (low.dim() - 1))
+
+
+def own_positions(low, group):
+    return low.chunk(group.size())[group.rank()]
+
+
+def sequence_kept_apart(*args, **kwargs):
+    """Each rank's own positions in the place of all."""
+    with replaced(lora, "gather_from_sequence_parallel_region", lambda right: repeated):
+        return jobs.run_layout(*args, **kwargs)
+
+
+def products_scattered_but_not_summed(*args, **kwargs):
+    with replaced(lora, "reduce_scatter_to_sequence_parallel_region", lambda right: own_positions):
+        return jobs.run_layout(*args, **kwargs)
+
+
 def gate_and_up_split_as_one(*args, **kwargs):
     with replaced(lora, "apply_swiglu_sharded_factory", lambda right: lambda entry, offsets: entry):
         return jobs.run_layout(*args, **kwargs)
@@ -94,6 +113,8 @@ RULES = {
     gradients_not_summed_over_the_sequence: ("dense", "TP2+SP"),
     gradients_not_summed_over_the_rows_of_b: ("dense", "TP2"),
     products_not_summed_over_the_columns_of_a: ("dense", "TP2"),
+    sequence_kept_apart: ("dense", "TP2+SP"),
+    products_scattered_but_not_summed: ("dense", "TP2+SP"),
     gate_and_up_split_as_one: ("dense", "TP2"),
     input_without_gradient: ("decoder", "TP2+SP full recomputation"),
 }
