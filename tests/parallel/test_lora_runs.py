@@ -88,7 +88,7 @@ def start(config, checkpoint, reference=None):
     return result
 
 
-@pytest.mark.parametrize("layout", ["TP2+SP", "TP2, images shared out", "PP2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_adapters_begin_alike_in_every_layout(pool, base, tmp_path, layout):
     checkpoint = find_checkpoint(base)
     [expected] = pool(1).run(start, adapted_config(tmp_path, base, steps=2), checkpoint)
