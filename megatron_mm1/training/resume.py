@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from megatron_mm1.checkpoint.format import LATEST, CheckpointMetadata, find_checkpoint, read_metadata
-from megatron_mm1.config import MM1Config, OptimizerConfig
+from megatron_mm1.config import LoraConfig, MM1Config, OptimizerConfig
 from megatron_mm1.config.batch_sizes import BatchSizes
-from megatron_mm1.config.derived import COMPONENTS, lora_targets
+from megatron_mm1.config.derived import COMPONENTS, lora_scale, lora_targets
 from megatron_mm1.config.keys import value_at
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
@@ -122,7 +122,7 @@ def check_resumable(
 
 def _other_adapters(metadata: CheckpointMetadata, config: MM1Config, *, weights_only: bool) -> Iterator[str]:
     before, now = metadata.mm1_config().model.lora, config.model.lora
-    if before is not None and before != now:
+    if before is not None and _meaning(before) != _meaning(now):
         yield (
             f"its adapters were trained with model.lora {asdict(before)}, which is {now and asdict(now)}: use the same "
             "(--config FILE), or merge them into the weights first (mm1 convert merge)"
@@ -135,6 +135,13 @@ def _other_adapters(metadata: CheckpointMetadata, config: MM1Config, *, weights_
     for component in COMPONENTS:
         if lora_targets(now, component) and component not in metadata.components:
             yield f"model.lora adapts the {component}, and its checkpoint has none: start from one that has it"
+
+
+def _meaning(lora: LoraConfig | None) -> tuple[object, ...]:
+    """What the numbers in A and B depend on: not dropout, which is of training, nor the order of the layers."""
+    if lora is None:
+        return ()
+    return lora.rank, lora_scale(lora), *(lora_targets(lora, component) for component in COMPONENTS)
 
 
 def _model_differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, str]]:
@@ -172,6 +179,8 @@ def _schedule_changes(saved: MM1Config, config: MM1Config) -> list[_Change]:
     changes = [_Change(key, value_at(saved, key), value_at(config, key)) for key in _SCHEDULE]
     ours, theirs = vars(_schedule(config)), vars(_schedule(saved))
     changes += [_Change(f"optimizer.{name}", theirs[name], ours[name]) for name in theirs]
+    if saved.model.lora is not None and config.model.lora is not None:
+        changes.append(_Change("model.lora.dropout", saved.model.lora.dropout, config.model.lora.dropout))
     return [change for change in changes if change.before != change.now and change.key not in _STATE]
 
 

@@ -40,6 +40,8 @@ LAYOUTS = {
     "mm1-tiny: CP2": (2, {"context_parallel_size": 2}),
     "mm1-tiny: one process, bf16": (1, {}),
     "mm1-tiny: TP2+SP, bf16": (2, {TP: 2, "sequence_parallel": True}),
+    "mm1-tiny adapters: one process": (1, {}),
+    "mm1-tiny adapters: TP2+SP": (2, {TP: 2, "sequence_parallel": True}),
     "mm1-tiny-moe: one process": (1, {}),
     "mm1-tiny-moe: EP2": (2, {EP: 2}),
     "mm1-tiny-moe: TP2+SP EP2": (2, {TP: 2, "sequence_parallel": True, EP: 2}),
@@ -50,7 +52,16 @@ JOURNEYS = [
     ("mm1-tiny: one process", "mm1-tiny: PP2"),
     ("mm1-tiny: DP2", "mm1-tiny: TP2+SP"),
     ("mm1-tiny: TP2+SP, bf16", "mm1-tiny: one process, bf16"),
+    ("mm1-tiny adapters: TP2+SP", "mm1-tiny adapters: one process"),
     ("mm1-tiny-moe: TP2+SP ETP2", "mm1-tiny-moe: EP2"),
+]
+ADAPTERS = [
+    "--model.lora.rank",
+    "4",
+    "--model.lora.alpha",
+    "8",
+    "--model.lora.tower_targets",
+    "[linear_qkv, linear_fc2]",
 ]
 
 
@@ -58,7 +69,9 @@ def config_of(layout: str):
     options = ["--optimizer", "adafactor", "--lr", str(LR), "--weight_decay", str(DECAY), "--clip_grad", str(CLIP)]
     options += ["--lr_warmup_iters", "1", "--train_iters", "8", "--global_batch_size", "8"]
     options += ["--precision", "bf16" if "bf16" in layout else "fp32"]
-    return with_parallel(parity_config(["--preset", layout.split(":")[0], *SMALL, *options]), **LAYOUTS[layout][1])
+    model, *adapters = layout.split(":")[0].split()
+    options += ADAPTERS if adapters else []
+    return with_parallel(parity_config(["--preset", model, *SMALL, *options]), **LAYOUTS[layout][1])
 
 
 def random_tensor(name: str, shape, *, seed: int) -> torch.Tensor:
@@ -98,7 +111,7 @@ def reference(config, folder: Path) -> None:
     run = Run(config)
     fill(run, master, seed=-1)
     torch.save(whole_tensors(weights(run)), folder / "before.pt")
-    parameters = [parameter for _, parameter in named_parameters(run.model)]
+    parameters = [parameter for _, parameter in named_parameters(run.model) if parameter.requires_grad]
     optimizer = Adafactor(
         [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": DECAY},
@@ -179,7 +192,7 @@ def resume_and_train(config, checkpoint: Path, folder: Path):
 
 @pytest.fixture(scope="module")
 def references(pool, tmp_path_factory):
-    """`references(preset)`: the folder with transformers' weights."""
+    """`references(model)`: the folder with transformers' weights."""
     known = {}
 
     def get(name: str) -> Path:

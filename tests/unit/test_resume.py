@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_mm1.checkpoint.format import CheckpointMetadata
-from megatron_mm1.config import MM1Config
+from megatron_mm1.config import LoraConfig, MM1Config
 from megatron_mm1.config.command_line import set_override
 from megatron_mm1.config.presets import preset
 from megatron_mm1.config.schema import BatchSizeStage, OptimizerConfig
@@ -119,6 +119,54 @@ def test_another_model_is_refused_even_for_its_weights_alone() -> None:
         check(changed("model.vision.image_size", 96))
     with pytest.raises(UserError, match=r"model\.moe was None and is "):
         check(preset("mm1-tiny-moe"))
+
+
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, tower_targets=("linear_qkv", "linear_fc1"))
+
+
+def adapted(**settings: Any) -> MM1Config:
+    return replace(SAVED, model=replace(SAVED.model, lora=replace(LORA, **settings)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 8},
+        {"alpha": 16.0},
+        {"use_rslora": True},
+        {"decoder_targets": ("linear_qkv", "linear_proj")},
+        {"tower_targets": ()},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_adapters_that_would_mean_something_else_are_refused(settings: dict[str, Any]) -> None:
+    config, saved = adapted(**settings), checkpoint(adapted())
+    for asked in (config, accepting(config)):
+        for only in (False, True):
+            with pytest.raises(UserError, match=r"its adapters were trained with model\.lora"):
+                check(asked, saved, weights_only=only)
+    with pytest.raises(UserError, match="its adapters were trained") as refused:
+        check(SAVED, saved)
+    assert "dropout was" not in str(refused.value)
+
+
+def test_layers_of_adapters_have_no_order_and_one_scale_two_names() -> None:
+    again = adapted(
+        decoder_targets=LORA.decoder_targets[::-1], tower_targets=LORA.tower_targets[::-1], alpha=4.0, use_rslora=True
+    )
+    for only in (False, True):
+        check(again, checkpoint(adapted()), weights_only=only)
+
+
+def test_another_dropout_of_adapters_must_be_accepted_and_is_nothing_to_their_weights() -> None:
+    config, saved = adapted(dropout=0.0), checkpoint(adapted())
+    with pytest.raises(
+        UserError, match=r"model\.lora\.dropout was 0\.1 and is 0\.0: .*accept_other_schedule true"
+    ) as refused:
+        check(config, saved)
+    assert "its adapters were trained" not in str(refused.value)
+    check(accepting(config), saved)
+    check(config, saved, weights_only=True)
 
 
 def test_only_some_of_many_differences_are_shown() -> None:
