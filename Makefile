@@ -22,7 +22,7 @@ corpus: venv  ## the demo corpus (built once, then reused)
 quickstart: venv  ## corpus, training of mm1-tiny on 2 processes, captions of held-out images: 10 minutes on 2 cores
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh
 
-finetune: quickstart  ## its model fine-tuned on conversations at two resolutions, asked before and after: 10 minutes more
+finetune: quickstart  ## its model fine-tuned on conversations at two resolutions, asked before and after: 15 minutes more
 	@PATH="$(abspath $(BIN)):$$PATH" bash examples/finetune_quickstart.sh
 
 test: corpus  ## every test that needs no GPU and is not slow
