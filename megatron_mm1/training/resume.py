@@ -1,6 +1,6 @@
 """Where a run starts: from scratch, from another run's weights, or from where it stopped; and what forbids it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def check_resumable(
         UserError: listing everything that differs.
     """
     saved = metadata.mm1_config()
-    problems = [*_other_adapters(metadata, config, weights_only=weights_only)]
+    problems = [*_other_adapters(saved, metadata.components, config, weights_only=weights_only)]
     before, now = (asdict(replace(model, lora=None)) for model in (saved.model, config.model))
     differences = _model_differences("model", before, now)
     if different := [text for path, text in differences if not (weights_only and path in _PREPROCESSING)]:
@@ -120,8 +120,10 @@ def check_resumable(
         raise UserError("\n  - ".join(["this run cannot go on from its checkpoint:", *problems]))
 
 
-def _other_adapters(metadata: CheckpointMetadata, config: MM1Config, *, weights_only: bool) -> Iterator[str]:
-    before, now = metadata.mm1_config().model.lora, config.model.lora
+def _other_adapters(
+    saved: MM1Config, components: Collection[str], config: MM1Config, *, weights_only: bool
+) -> Iterator[str]:
+    before, now = saved.model.lora, config.model.lora
     if before is not None and _meaning(before) != _meaning(now):
         yield (
             f"its adapters were trained with model.lora {asdict(before)}, which is {now and asdict(now)}: use the same "
@@ -133,7 +135,7 @@ def _other_adapters(metadata: CheckpointMetadata, config: MM1Config, *, weights_
             "alone (--checkpoint.load RUN --checkpoint.finetune true)"
         )
     for component in COMPONENTS:
-        if lora_targets(now, component) and component not in metadata.components:
+        if lora_targets(now, component) and component not in components:
             yield f"model.lora adapts the {component}, and its checkpoint has none: start from one that has it"
 
 

@@ -479,8 +479,8 @@ def test_rule_on_a_value_given_as_yaml(option: str, value: str, message: str) ->
 
 @pytest.mark.parametrize("path", sorted(MINIMUM))
 def test_a_value_below_its_minimum_is_told_and_breaks_no_other_rule(path: str) -> None:
-    base = "mm1-tiny-moe"
-    (problem,) = problems(base, f"--{path} {MINIMUM[path] - 1}", 2)
+    beside = "--model.lora.alpha 1 --model.lora.decoder_targets [linear_qkv] " if "lora" in path else ""
+    (problem,) = problems("mm1-tiny-moe", f"{beside}--{path} {MINIMUM[path] - 1}", 2)
     assert problem.startswith(f"{path} {MINIMUM[path] - 1}") and problem.endswith(f"use {MINIMUM[path]} or more")
 
 

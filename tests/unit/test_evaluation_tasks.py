@@ -226,7 +226,7 @@ def by_key(split: Split) -> dict[str, Item]:
 
 
 def test_every_benchmark_is_tested():
-    assert set(LAYOUTS) | {"demo_captions", "demo_questions"} == set(TASKS)
+    assert set(LAYOUTS) | {"demo_captions", "demo_questions", "demo_questions_exchanged"} == set(TASKS)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
