@@ -118,7 +118,7 @@ def environment(run: Path, **variables: str) -> dict[str, str]:
     return {**others, "PYTHONPATH": str(REPOSITORY), **folders, **variables}
 
 
-@pytest.mark.parametrize("how", ["refuses", "is silent"])
+@pytest.mark.parametrize("how", ["refuses", pytest.param("is silent", marks=pytest.mark.slow)])
 def test_the_network_goes(tmp_path: Path, how: str) -> None:
     """What could not be sent is on disk, and said to be there."""
     with account() as server:

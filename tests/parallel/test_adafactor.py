@@ -47,6 +47,7 @@ LAYOUTS = {
     "mm1-tiny-moe: TP2+SP EP2": (2, {TP: 2, "sequence_parallel": True, EP: 2}),
     "mm1-tiny-moe: TP2+SP ETP2": (2, {TP: 2, "sequence_parallel": True, ETP: 2}),
 }
+SLOW = ("mm1-tiny: TP2, images shared out", "mm1-tiny: PP2 VPP2", "mm1-tiny: one process, bf16")
 JOURNEYS = [
     ("mm1-tiny: TP2+SP", "mm1-tiny: one process"),
     ("mm1-tiny: one process", "mm1-tiny: PP2"),
@@ -214,7 +215,9 @@ def assert_equal(ranks, folder: Path) -> None:
     assert errors[worst] <= 1e-5, worst
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS]
+)
 def test_every_layout_takes_transformers_steps(pool, references, layout):
     folder = references(layout.split(":")[0])
     assert_equal(pool(LAYOUTS[layout][0]).run(train, config_of(layout), folder), folder)

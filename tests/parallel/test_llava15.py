@@ -183,6 +183,7 @@ def test_alignment_from_parts_equals_the_plain_loop(aligned, plain):
     assert_equal(aligned, plain.align)
 
 
+@pytest.mark.slow
 def test_alignment_over_two_stages_equals_the_plain_loop(pool, work, plain, tmp_path):
     """From a checkpoint that has the connector: what a rank draws depends on the layout."""
     config = work.config("align")

@@ -88,7 +88,9 @@ def start(config, checkpoint, reference=None):
     return result
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name == "TP2+SP" else [pytest.mark.slow]) for name in LAYOUTS]
+)
 def test_adapters_begin_alike_in_every_layout(pool, base, tmp_path, layout):
     checkpoint = find_checkpoint(base)
     [expected] = pool(1).run(start, adapted_config(tmp_path, base, steps=2), checkpoint)

@@ -22,6 +22,7 @@ LAYOUTS = {
     "CP2": (2, "mm1-tiny", dict(context_parallel_size=2)),
     "EP2": (2, "mm1-tiny-moe", dict(expert_model_parallel_size=2)),
 }
+FAST = ("PP2", "TP2, images shared out", "EP2")
 
 pytestmark = pytest.mark.demo
 
@@ -44,7 +45,9 @@ def records(run_dir, kind):
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in LAYOUTS]
+)
 def test_a_run_reports_the_same_in_every_layout(pool, demo_corpus, tmp_path, layout):
     """Held-out losses before, between and after two steps, and the steps' own, equal one process."""
     world_size, name, sizes = LAYOUTS[layout]
