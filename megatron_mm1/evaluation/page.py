@@ -3,7 +3,6 @@
 import html
 from collections.abc import Mapping, Sequence
 from functools import cache
-from string import Template
 from typing import Any
 
 from megatron_mm1.evaluation.items import ImageFile, Prompt
@@ -19,30 +18,11 @@ from megatron_mm1.evaluation.tables import (
     verdicts,
 )
 from megatron_mm1.pages.pictures import plot, thumbnail
-from megatron_mm1.pages.style import STYLE, table
+from megatron_mm1.pages.style import document, table
 
 _FAILURES, _SUCCESSES = 8, 4
 """Samples of a task: so many with the lowest scores, then so many with the highest."""
 _SHOWN_REFUSALS = 50
-
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-$style
-</style></head><body>
-<h1>$title</h1>
-<p class="note">$description</p>
-$tables
-$tasks
-<details><summary>All figures</summary>
-$figures
-</details>
-<h2>Items</h2>
-$counts
-$refusals
-</body></html>
-""")
 
 
 def page(description: Mapping[str, Any], results: Sequence[Result], *, name: str, with_images: bool = True) -> str:
@@ -59,16 +39,15 @@ def page(description: Mapping[str, Any], results: Sequence[Result], *, name: str
     if published:
         tables.append(f'<h2>Beside MM1</h2><p class="note">{html.escape(SOURCE)}</p>')
         tables += [table(one) for one in published]
-    return _PAGE.substitute(
-        style=STYLE,
-        title=html.escape(f"Evaluation of {name}"),
-        description=html.escape(_told(description)),
-        tables="\n".join(tables),
-        tasks="\n".join(_task(task, of_task, picture) for task, of_task in by_task(results).items()),
-        figures=table(figures_table(results)),
-        counts=table(counts_table(results)),
-        refusals=_refusals(results),
-    )
+    body = [
+        *tables,
+        *(_task(task, of_task, picture) for task, of_task in by_task(results).items()),
+        f"<details><summary>All figures</summary>\n{table(figures_table(results))}\n</details>",
+        "<h2>Items</h2>",
+        table(counts_table(results)),
+        _refusals(results),
+    ]
+    return document("\n".join(body), title=f"Evaluation of {name}", description=_told(description))
 
 
 def _told(description: Mapping[str, Any]) -> str:

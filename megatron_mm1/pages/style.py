@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from string import Template
 
 STYLE = """:root { color-scheme: light dark; --line: #8886; --right: #2da44e; --wrong: #d1572a; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
@@ -22,6 +23,24 @@ article.right { border-left-color: var(--right); } article.wrong { border-left-c
 ul { margin: .4rem 0; padding-left: 1.1rem; font-size: .85rem; } li { overflow-wrap: anywhere; }
 details { margin: 2rem 0; } summary { cursor: pointer; font-weight: bold; }
 li.right b { color: var(--right); } li.wrong b { color: var(--wrong); }"""
+
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+$style
+</style></head><body>
+<h1>$title</h1>
+<p class="note">$description</p>
+$body
+</body></html>
+""")
+
+
+def document(body: str, *, title: str, description: str) -> str:
+    """A page of its own: HTML of `body` below its title and a line of plain text about it."""
+    return _PAGE.substitute(style=STYLE, title=html.escape(title), description=html.escape(description), body=body)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

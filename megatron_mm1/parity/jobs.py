@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -137,43 +138,6 @@ def synthetic_share(config: MM1Config, kind: str, pg_collection: ProcessGroupCol
     return synthetic_batches(config, kind)[pg_collection.dp.rank() :: pg_collection.dp.size()]
 
 
-def run_reference(
-    config: MM1Config,
-    checkpoint: Path,
-    *,
-    backend: str,
-    kinds: Sequence[str],
-    steps: int,
-    folder: Path,
-    batches: Batches = synthetic_share,
-) -> dict[str, Outcome]:
-    """In one process: what each kind of batch gives; the tensors go to `folder` (see `reference_tensors`)."""
-
-    def record(trial: Trial, kind: str, what: str) -> Squares:
-        torch.save(whole_tensors(trial.shards(what)), _reference_file(folder, kind, what))
-        return {}
-
-    return _run(config, checkpoint, record, batches, backend=backend, kinds=kinds, steps=steps)
-
-
-def run_layout(
-    config: MM1Config,
-    checkpoint: Path,
-    *,
-    backend: str,
-    kinds: Sequence[str],
-    steps: int,
-    folder: Path,
-    batches: Batches = synthetic_share,
-) -> dict[str, Outcome]:
-    """On every rank of a layout: each kind of batch against the reference in `folder`."""
-
-    def compare(trial: Trial, kind: str, what: str) -> Squares:
-        return squared_errors(trial.shards(what), reference_tensors(folder, kind, what))
-
-    return _run(config, checkpoint, compare, batches, backend=backend, kinds=kinds, steps=steps)
-
-
 def reference_tensors(folder: Path, kind: str, what: str) -> dict[str, Tensor]:
     """Whole tensors of one process for a kind of batch: its "gradients", and "weights" after the first step; of kind
     INITIAL, the "weights" before."""
@@ -185,35 +149,52 @@ def _reference_file(folder: Path, kind: str, what: str) -> Path:
     return folder / f"{kind} {what}.pt"
 
 
+def _record(trial: Trial, kind: str, what: str, *, folder: Path) -> Squares:
+    torch.save(whole_tensors(trial.shards(what)), _reference_file(folder, kind, what))
+    return {}
+
+
+def _compare(trial: Trial, kind: str, what: str, *, folder: Path) -> Squares:
+    return squared_errors(trial.shards(what), reference_tensors(folder, kind, what))
+
+
 def _run(
+    observe: Callable[..., Squares],
     config: MM1Config,
     checkpoint: Path,
-    observe: Callable[[Trial, str, str], Squares],
-    make_batches: Batches,
     *,
     backend: str,
     kinds: Sequence[str],
     steps: int,
+    folder: Path,
+    batches: Batches = synthetic_share,
 ) -> dict[str, Outcome]:
     """Each kind of batch from the same weights; `observe` sees the first step's gradients, and the weights after it."""
     trial = Trial(config, backend=backend)
     trial.load(checkpoint)
-    loaded = observe(trial, INITIAL, "weights")
+    loaded = observe(trial, INITIAL, "weights", folder=folder)
     if wrong := [name for name, errors in loaded.items() if any(errors.values())]:
         raise RuntimeError(f"these weights are not the checkpoint's: {', '.join(wrong)}")
     outcomes = {}
     for kind in kinds:
         trial.restore_initial()
-        batches = make_batches(config, kind, trial.groups)
-        losses = [trial.backward(batches)]
+        share = batches(config, kind, trial.groups)
+        losses = [trial.backward(share)]
         for chunk in trial.model:
             complete_gradients(chunk)
-        gradients = observe(trial, kind, "gradients")
+        gradients = observe(trial, kind, "gradients", folder=folder)
         grad_norm = trial.update()
-        weights = observe(trial, kind, "weights")
+        weights = observe(trial, kind, "weights", folder=folder)
         for _ in range(steps - 1):
-            losses.append(trial.backward(batches))
+            losses.append(trial.backward(share))
             trial.update()
         outcomes[kind] = Outcome(tuple(losses), grad_norm, gradients, weights)
     trial.close()
     return outcomes
+
+
+run_reference = partial(_run, _record)
+"""In one process: what each kind of batch gives; the tensors go to `folder` (see `reference_tensors`)."""
+
+run_layout = partial(_run, _compare)
+"""On every rank of a layout: each kind of batch against the reference in `folder`."""

@@ -2,8 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_mm1.arguments import FAILED, positive_int
+
+if TYPE_CHECKING:
+    from megatron_mm1.config import MM1Config
 
 
 def add_plan_commands(plan: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,15 +19,10 @@ def add_plan_commands(plan: "argparse._SubParsersAction[argparse.ArgumentParser]
 def plan_memory(argv: Sequence[str]) -> int:
     """Prints the table; the exit code is 1 where `training.device_memory_gib` does not hold a rank."""
     args, config_arguments = build_plan_memory_parser().parse_known_args(argv)
-    from megatron_mm1.config.derived import smallest_world_size
-    from megatron_mm1.config.loading import load_config
-    from megatron_mm1.config.validation import validate
     from megatron_mm1.planning.memory import memory_problem, plan_memory
     from megatron_mm1.planning.report import memory_json, memory_table
 
-    config = load_config(config_arguments)
-    world_size = args.world_size or smallest_world_size(config.parallel)
-    validate(config, world_size=world_size)
+    config, world_size = _valid_config(config_arguments, args.world_size)
     plan = plan_memory(config, world_size=world_size)
     problem = memory_problem(config, plan)
     if args.json:
@@ -32,6 +31,18 @@ def plan_memory(argv: Sequence[str]) -> int:
         print(memory_table(plan, world_size=world_size))
         print("" if problem is None else f"\nwould be refused: {problem}\n", end="")
     return FAILED if problem else 0
+
+
+def _valid_config(arguments: Sequence[str], world_size: int | None) -> tuple["MM1Config", int]:
+    """The configuration, and how many processes it is for: None is as few as its layout takes."""
+    from megatron_mm1.config.derived import smallest_world_size
+    from megatron_mm1.config.loading import load_config
+    from megatron_mm1.config.validation import validate
+
+    config = load_config(arguments)
+    world_size = world_size or smallest_world_size(config.parallel)
+    validate(config, world_size=world_size)
+    return config, world_size
 
 
 def build_plan_memory_parser() -> argparse.ArgumentParser:
@@ -54,15 +65,11 @@ def build_plan_memory_parser() -> argparse.ArgumentParser:
 def plan_fp8(argv: Sequence[str]) -> int:
     """Prints the table; the exit code is 1 where FP8 cannot run a product."""
     args, config_arguments = build_plan_fp8_parser().parse_known_args(argv)
-    from megatron_mm1.config.derived import smallest_world_size
-    from megatron_mm1.config.loading import load_config
-    from megatron_mm1.config.validation import validate
     from megatron_mm1.planning.fp8 import fp8_problems
     from megatron_mm1.planning.gemms import rank_gemms
     from megatron_mm1.planning.report import gemm_json, gemm_table
 
-    config = load_config(config_arguments)
-    validate(config, world_size=args.world_size or smallest_world_size(config.parallel))
+    config, _ = _valid_config(config_arguments, args.world_size)
     gemms, problems = rank_gemms(config, images=args.images), fp8_problems(config)
     if args.json:
         print(gemm_json(gemms, problems))

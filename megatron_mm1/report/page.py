@@ -1,30 +1,16 @@
 """A run as one HTML file."""
 
 import argparse
-import html
 from pathlib import Path
-from string import Template
 
 from megatron_mm1.config.loading import from_yaml
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.data.files import replace_file
 from megatron_mm1.errors import ConfigError, UserError
-from megatron_mm1.pages.style import STYLE
+from megatron_mm1.pages.style import document
 from megatron_mm1.report import sections
 from megatron_mm1.report.log import RunLog, read_log
 from megatron_mm1.report.samples import evaluation_folders, samples
-
-_PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-$style
-</style></head><body>
-<h1>$title</h1>
-<p class="note">$description</p>
-$body
-</body></html>
-""")
 
 
 def report_main(args: argparse.Namespace) -> None:
@@ -60,12 +46,8 @@ def run_page(run: Path, *, output: Path) -> str:
         *(samples(folder, page=output) for folder in evaluation_folders(run)),
     ]
     title = f"{config.name if config else run.name}: {run}"
-    return _PAGE.substitute(
-        style=STYLE,
-        title=html.escape(title),
-        description=html.escape(_description(log, config)),
-        body="\n".join(part for part in body if part),
-    )
+    description = _description(log, config)
+    return document("\n".join(part for part in body if part), title=title, description=description)
 
 
 def _config(run: Path) -> MM1Config | None:

@@ -17,11 +17,20 @@ from torch import Tensor
 from megatron_mm1.checkpoint.merge import merge_adapters
 from megatron_mm1.checkpoint.tensors import StateDict, collect
 from megatron_mm1.checkpoint.transformers_export.files.modeling_mm1 import MM1ForConditionalGeneration
-from megatron_mm1.config import DataConfig, LoraConfig, MM1Config, ModelConfig, OptimizerConfig, TrainingConfig
+from megatron_mm1.config import LoraConfig, MM1Config, ModelConfig
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.model.lora import is_adapter
 from tests.corpora import small_tokenizer
-from tests.integration.test_transformers_export import CLIP, DENSE, MOE, connector, random_model, stored, write
+from tests.integration.test_transformers_export import (
+    CLIP,
+    DENSE,
+    MOE,
+    config_of,
+    connector,
+    random_model,
+    stored,
+    write,
+)
 
 ATTENTION = ("linear_qkv", "linear_proj")
 ALL = (*ATTENTION, "linear_fc1", "linear_fc2")
@@ -103,14 +112,7 @@ class Pair:
 def pair(request, groups, tmp_path_factory) -> Pair:
     folder = tmp_path_factory.mktemp("peft")
     tokenizer = small_tokenizer(folder)
-    model = CASES[request.param]
-    config = MM1Config(
-        name="adapted",
-        model=replace(model, decoder=replace(model.decoder, vocab_size=tokenizer.vocab_size)),
-        data=DataConfig(tokenizer=str(tokenizer.path), seq_length=128, max_images_per_sequence=4),
-        optimizer=OptimizerConfig(lr=1e-3),
-        training=TrainingConfig(precision="fp32"),
-    )
+    config = config_of(CASES[request.param], tokenizer)
     ours = random_model(config, groups)
     state = stored(ours, groups)
     base = {name: tensor for name, tensor in state.items() if not is_adapter(name)}

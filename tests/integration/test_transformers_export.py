@@ -31,7 +31,7 @@ from megatron_mm1.config import (
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.records import Image, Text
-from megatron_mm1.data.tokenizer import open_tokenizer
+from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.requests import Generation, GenerationRequest, Prompt, Score, ScoringRequest
 from megatron_mm1.model.mm1 import MM1Model
@@ -107,6 +107,17 @@ class Exported:
     theirs: dict[str, Any]
 
 
+def config_of(model: ModelConfig, tokenizer: Tokenizer) -> MM1Config:
+    """Of a run of this model, with the tokenizer's vocabulary."""
+    return MM1Config(
+        name="exported",
+        model=replace(model, decoder=replace(model.decoder, vocab_size=tokenizer.vocab_size)),
+        data=DataConfig(tokenizer=str(tokenizer.path), seq_length=128, max_images_per_sequence=4),
+        optimizer=OptimizerConfig(lr=1e-3),
+        training=TrainingConfig(precision="fp32"),
+    )
+
+
 def random_model(config: MM1Config, groups) -> MM1Model:
     """Every tensor random and distinct."""
     model = MM1Model(config, backend="local", pg_collection=groups).eval()
@@ -150,13 +161,7 @@ def exported(groups, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Expo
     tokenizer = small_tokenizer(root)
     models, requests = {}, []
     for number, (name, model_config) in enumerate(MODELS.items()):
-        config = MM1Config(
-            name="exported",
-            model=replace(model_config, decoder=replace(model_config.decoder, vocab_size=tokenizer.vocab_size)),
-            data=DataConfig(tokenizer=str(tokenizer.path), seq_length=128, max_images_per_sequence=4),
-            optimizer=OptimizerConfig(lr=1e-3),
-            training=TrainingConfig(precision="fp32"),
-        )
+        config = config_of(model_config, tokenizer)
         model, folder = random_model(config, groups), root / f"model{number}"
         state = stored(model, groups)
         write(folder, config, state)
