@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,6 +23,12 @@ settings.register_profile("shared machine", deadline=None)  # the first call may
 settings.load_profile("shared machine")
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+def shell_environment() -> dict[str, str]:
+    """For commands of scripts and pages: these tests' own environment, whether or not a shell has entered it."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

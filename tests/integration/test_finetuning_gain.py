@@ -1,12 +1,11 @@
 """The two examples that learn, from nothing to what fine-tuning was worth: `make finetune` in another folder."""
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, shell_environment
 
 pytestmark = [pytest.mark.demo, pytest.mark.slow]
 
@@ -18,7 +17,7 @@ def test_fine_tuning_raises_held_out_accuracy_at_both_resolutions(demo_corpus: P
     for script, arguments in (("quickstart", [pretrained]), ("finetune_quickstart", [pretrained, folder])):
         done = subprocess.run(
             ["bash", str(REPOSITORY / f"examples/{script}.sh"), *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=shell_environment(),
             capture_output=True,
             text=True,
         )

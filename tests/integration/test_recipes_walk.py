@@ -1,7 +1,6 @@
 """docs/recipes.md from raw files to a fine-tuned model: its own commands, run in order, and what each leaves behind."""
 
 import json
-import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import pytest
 
 from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
 from megatron_mm1.data.tokenizer import CHAT_SYMBOLS, open_tokenizer
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, shell_environment
 
 PAGE, SECTION = REPOSITORY / "docs/recipes.md", "From raw files to a fine-tuned model"
 NAMES = [
@@ -48,7 +47,7 @@ class Walk:
 
     def follow(self, names: list[str]) -> None:
         """Run these blocks, one shell each; the first that fails ends it."""
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        environment = {**shell_environment(), "PYTHONPATH": str(REPOSITORY)}
         for name in names:
             block = blocks()[NAMES.index(name)]
             done = subprocess.run(
