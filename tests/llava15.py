@@ -119,11 +119,17 @@ def plain_examples(folder: Path, records: Sequence[Record], *, stage: str) -> li
     pixels = transformers.LlavaImageProcessor(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_pad=stage == "sft"
     )
+    processor = plain_processor(folder, pixels, stage=stage)
+    return [plain_example(processor, record, folder / "images") for record in records]
+
+
+def plain_processor(folder: Path, pixels: Any, *, stage: str) -> transformers.LlavaProcessor:
+    """transformers' own, of the tokenizer in `folder`, an image processor and the stage's template."""
     tokenizer = transformers.LlamaTokenizer.from_pretrained(
         folder / "llama", legacy=True, extra_special_tokens={"image_token": "<image>"}
     )
     assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_ID
-    processor = transformers.LlavaProcessor(
+    return transformers.LlavaProcessor(
         pixels,
         tokenizer,
         patch_size=TOWER["patch_size"],
@@ -131,10 +137,9 @@ def plain_examples(folder: Path, records: Sequence[Record], *, stage: str) -> li
         num_additional_image_tokens=1,
         chat_template=(TEMPLATES / f"{TEMPLATE[stage]}.jinja").read_text(),
     )
-    return [_example(processor, record, folder / "images") for record in records]
 
 
-def _example(processor: transformers.LlavaProcessor, record: Record, images: Path) -> dict[str, Tensor]:
+def plain_example(processor: transformers.LlavaProcessor, record: Record, images: Path) -> dict[str, Tensor]:
     roles = {"human": "user", "gpt": "assistant"}
     messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
     pictures = {"images": [PIL.Image.open(images / record["image"])]} if "image" in record else {}

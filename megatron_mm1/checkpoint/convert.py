@@ -1,5 +1,6 @@
 """`mm1 convert`: each conversion makes a plan, which is then shown (`--dry-run`) or carried out."""
 
+import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from megatron_mm1.checkpoint.dist_checkpoint import COMMON_STATE
 from megatron_mm1.checkpoint.format import FORMAT_VERSION, OPTIMIZER_PREFIX, CheckpointMetadata
 from megatron_mm1.checkpoint.merge import merge_adapters
 from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint, write_mm1
-from megatron_mm1.checkpoint.safetensors_folder import GB, write_safetensors
+from megatron_mm1.checkpoint.safetensors_folder import GB, IMAGE_PROCESSOR, write_safetensors
 from megatron_mm1.checkpoint.summary import in_bytes, plan_table
 from megatron_mm1.checkpoint.tensors import Plan, PlanSource, Subset, copied, in_pieces
 from megatron_mm1.checkpoint.vocabulary import with_vocabulary
@@ -72,10 +73,6 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
     _write(args, plan, metadata)
 
 
-_WITHOUT_PIXELS = ("clip", "siglip", "llava")
-"""Families with images whose configuration leaves their preprocessing to other files, which are not written."""
-
-
 def export_main(args: Namespace) -> None:
     """A checkpoint's weights, or some parts of them, as another library's folder."""
     checkpoint = MM1Checkpoint(args.checkpoint)
@@ -92,7 +89,8 @@ def export_main(args: Namespace) -> None:
         _check_tokenizer(checkpoint.metadata, Path(config.data.tokenizer))
         theirs, plan, extra_files = export_transformers(config, source)
     else:
-        from megatron_mm1.checkpoint.families import FAMILIES, export_model
+        from megatron_mm1.checkpoint.families import FAMILIES, WITH_IMAGE_PROCESSOR, export_model
+        from megatron_mm1.checkpoint.image_processors import export_image_processor
 
         if args.family not in FAMILIES:
             raise UserError(f"unknown family {args.family!r}: use one of {', '.join([*FAMILIES, TRANSFORMERS])}")
@@ -103,6 +101,8 @@ def export_main(args: Namespace) -> None:
             seq_length=config.data.seq_length,
             image_token_id=_image_token_id(config) if args.image_token_id is None else args.image_token_id,
         )
+        if args.family in WITH_IMAGE_PROCESSOR:
+            extra_files = {IMAGE_PROCESSOR: json.dumps(export_image_processor(config.model.vision), indent=2) + "\n"}
         if args.family == "open_clip":
             names = {"stem": "open_clip_model", "config_name": "open_clip_config.json"}
     if args.dry_run:
@@ -119,12 +119,6 @@ def export_main(args: Namespace) -> None:
         **names,
     )
     _print_result(args.output, plan)
-    if args.family in _WITHOUT_PIXELS:
-        vision = config.model.vision
-        print(
-            f"it does not say what images it takes, its image processor has to: image_resize {vision.image_resize} "
-            f"to {vision.image_size} px, mean {vision.image_mean}, std {vision.image_std}"
-        )
 
 
 def reshard_main(args: Namespace, config_arguments: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_mm1.checkpoint import llava
 from megatron_mm1.checkpoint.decoder_configs import DECODERS, export_decoder_config, import_decoder_config
 from megatron_mm1.checkpoint.decoders import decoder_correspondence
+from megatron_mm1.checkpoint.image_processors import import_image_processor
 from megatron_mm1.checkpoint.rules import Correspondence, export_plan, import_plan
 from megatron_mm1.checkpoint.tensors import Plan, TensorSource
 from megatron_mm1.checkpoint.tower_configs import export_tower_config, import_tower_config
@@ -36,6 +37,9 @@ FAMILIES: Mapping[str, Family] = {
     "open_clip": Family("open_clip's vision transformer (open_clip_config.json)", ("tower",)),
     "llava": Family("transformers' LLaVA: a whole MM1 with the mlp connector", ("tower", "connector", "decoder")),
 }
+
+WITH_IMAGE_PROCESSOR = ("clip", "siglip", "llava")
+"""Families that say in a file of its own, transformers' preprocessor_config.json, what images they take."""
 
 _MODEL_TYPES: Mapping[str, str] = {
     **{name: name for name in FAMILIES},
@@ -73,7 +77,12 @@ def family_of(theirs: Mapping[str, Any]) -> str:
 
 
 def import_model(
-    theirs: Mapping[str, Any], source: TensorSource, *, base: ModelConfig, seq_length: int | None = None
+    theirs: Mapping[str, Any],
+    source: TensorSource,
+    *,
+    base: ModelConfig,
+    seq_length: int | None = None,
+    image_processor: Mapping[str, Any] | None = None,
 ) -> tuple[ModelConfig, Plan]:
     """Another project's model as parts of an MM1.
 
@@ -83,6 +92,7 @@ def import_model(
         base: the configuration of what it does not have. Of a tower imported by itself, `feature_layer` and
             `final_layernorm` are what it says too.
         seq_length: positions the decoder will see; None: as many as it was made for.
+        image_processor: its preprocessor_config.json, if there is one and it has a tower.
 
     Returns:
         `base` with the configuration of the imported parts, and the plan of their tensors under our names.
@@ -93,6 +103,8 @@ def import_model(
     family = family_of(theirs)
     try:
         model = _import_config(family, theirs, base=base, seq_length=seq_length)
+        if image_processor is not None and family in WITH_IMAGE_PROCESSOR:
+            model = replace(model, vision=import_image_processor(image_processor, model.vision))
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"the configuration of this {family} is damaged: {type(error).__name__}: {error}") from error
     return model, import_tensors(family, model, source)

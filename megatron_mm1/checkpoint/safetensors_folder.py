@@ -16,6 +16,7 @@ from megatron_mm1.errors import UserError
 
 GB = 10**9
 CONFIGS = ("config.json", "open_clip_config.json")
+IMAGE_PROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {
     "F64": torch.float64,
@@ -39,6 +40,7 @@ class SafetensorsFolder:
 
     Attributes:
         config: what its `config.json` (open_clip: `open_clip_config.json`) holds.
+        image_processor: what transformers' settings of its image processor hold; None: there are none.
 
     Raises:
         UserError: there is no safetensors file or no configuration, the weights are pickles, the index names a file
@@ -48,6 +50,7 @@ class SafetensorsFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _read_config(path)
+        self.image_processor = _read_image_processor(path)
         self._files: dict[str, Any] = {}
         self._file_of = self._find_tensors()
         self._tensors = {name: self._info(name) for name in self._file_of}
@@ -190,6 +193,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} has no {' or '.join(CONFIGS)}: expected a folder as transformers or open_clip has it"
         )
+    return _read_json(path)
+
+
+def _read_image_processor(folder: Path) -> dict[str, Any] | None:
+    """From its own file, or from that of the whole processor, which transformers 5 writes and reads first."""
+    if (path := folder / PROCESSOR).is_file():
+        nested = _read_json(path).get("image_processor")
+        if isinstance(nested, dict):
+            return nested
+    return _read_json(path) if (path := folder / IMAGE_PROCESSOR).is_file() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:

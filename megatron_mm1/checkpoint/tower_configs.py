@@ -42,7 +42,7 @@ DEFAULTS: Mapping[str, Config] = {
 """What transformers and open_clip take where a configuration says nothing."""
 
 _CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_PIXELS = {"clip": _CLIP_PIXELS, "open_clip": _CLIP_PIXELS, "siglip": ((0.5,) * 3, (0.5,) * 3)}
+PIXELS = {"clip": _CLIP_PIXELS, "open_clip": _CLIP_PIXELS, "siglip": ((0.5,) * 3, (0.5,) * 3)}
 """Mean and standard deviation of the pixels the published models were trained on."""
 
 _RESIZES: Mapping[Any, Literal["squash", "shorter_side_crop"]] = {"squash": "squash", "shortest": "shorter_side_crop"}
@@ -74,7 +74,7 @@ def import_tower_config(family: str, theirs: Config, *, base: VisionConfig) -> V
         UserError: every reason why this trainer's tower cannot be that model.
     """
     values, pixels = (
-        _open_clip_values(theirs) if family == "open_clip" else ({**DEFAULTS[family], **theirs}, _PIXELS[family])
+        _open_clip_values(theirs) if family == "open_clip" else ({**DEFAULTS[family], **theirs}, PIXELS[family])
     )
     if reasons := list(_unsupported(values)):
         raise UserError("\n  ".join([f"this {family} image encoder cannot be an MM1 tower:", *reasons]))
@@ -134,7 +134,7 @@ def _open_clip_values(theirs: Config) -> tuple[dict[str, Any], tuple[Any, Any]]:
         activation = "gelu_pytorch_tanh" if tanh else f"{activation} with {arguments}"
     norm = values.get("norm_kwargs") or {}
     pixels = theirs.get("preprocess_cfg", {})
-    mean, std = _PIXELS["open_clip"]
+    mean, std = PIXELS["open_clip"]
     width, head_width = values["width"], values["head_width"]
     values |= {
         "hidden_size": width,

@@ -81,7 +81,7 @@ def _import_safetensors(
 
     if folder.config.get("model_type") == MODEL_TYPE:
         return import_from_transformers(folder.config, folder)
-    return import_model(folder.config, folder, base=base, seq_length=seq_length)
+    return import_model(folder.config, folder, base=base, seq_length=seq_length, image_processor=folder.image_processor)
 
 
 def components(source: TensorSource) -> tuple[str, ...]:

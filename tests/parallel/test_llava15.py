@@ -1,5 +1,6 @@
 """LLaVA-1.5's two stages by the commands of docs/llava15.md, step by step against transformers and torch alone."""
 
+import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import AutoImageProcessor, AutoProcessor
 
 from megatron_mm1.cli import main
 from megatron_mm1.config import MM1Config
@@ -21,7 +23,9 @@ from tests.llava15 import (
     TEMPLATES,
     PlainLlava,
     Step,
+    plain_example,
     plain_examples,
+    plain_processor,
     write_parts,
     write_records,
     write_tokenizer,
@@ -219,3 +223,10 @@ def test_transformers_loads_the_fine_tuned_model(work, tuned, plain):
         with torch.no_grad():
             got, expected = model(**example).logits, plain.tuned.model(**example).logits
         assert torch.allclose(got, expected, atol=5e-4)
+    plain_processor(work.folder, AutoImageProcessor.from_pretrained(exported), stage="sft").save_pretrained(exported)
+    processor = AutoProcessor.from_pretrained(exported)
+    records = json.loads((work.folder / "sft.json").read_text())
+    for record, expected in zip(records, work.examples["sft"], strict=True):
+        example = plain_example(processor, record, work.folder / "images")
+        assert example.keys() == expected.keys()
+        assert all(torch.equal(example[name], tensor) for name, tensor in expected.items())
