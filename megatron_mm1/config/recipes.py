@@ -50,6 +50,7 @@ def _sft(config: MM1Config) -> MM1Config:
             output_z_loss_coeff=0.0,  # [C]
         ),
         checkpoint=replace(config.checkpoint, finetune=True),
+        evaluation=replace(config.evaluation, chat=True),  # [C] asked as it was trained
         run_dir=f"{config.run_dir}-sft",
     )
 

@@ -440,6 +440,10 @@ class EvaluationConfig:
     """Items per task at most; None: all."""
     seed: int = 0
     """Of the choice of demonstrations."""
+    chat: bool = False
+    """Every prompt is what the user of a conversation says, in the tokenizer's chat template (mm1 eval --chat)."""
+    chat_template: str | None = None
+    """File of another chat template; it has `chat` be on."""
 
 
 @dataclass(frozen=True, kw_only=True)

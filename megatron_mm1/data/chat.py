@@ -23,7 +23,7 @@ of what is trained, inside the name of a control symbol, that this is ordinary t
 given."""
 MARKS = frozenset((IMAGE, _BEGIN, _END, _ORDINARY, _ANSWER))
 
-OPTIONS = "mm1 data prepare --option template=FILE, --chat-template FILE of other commands"
+OPTIONS = "mm1 data prepare --option template=FILE, --chat-template FILE of other commands, evaluation.chat_template"
 
 OWN_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.data.chat import ChatTemplate
 from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.evaluation.fewshot import FewShot
 from megatron_mm1.evaluation.plan import Condition, Series, plan
@@ -14,6 +15,7 @@ from megatron_mm1.evaluation.results import overall
 from megatron_mm1.evaluation.runner import copies_of, run
 from megatron_mm1.evaluation.task import build_task
 from megatron_mm1.inference.engine import Engine, check_askable
+from megatron_mm1.inference.loading import Chat
 from megatron_mm1.training.build import Model
 
 
@@ -23,10 +25,12 @@ class TaskEvaluation:
 
     Attributes:
         conditions: what is asked each time.
+        chat: see `Engine`.
     """
 
     config: MM1Config
     conditions: Sequence[Condition]
+    chat: ChatTemplate | None = None
 
     def __call__(
         self, model: Model, *, pg_collection: ProcessGroupCollection, moves: Callable[[], None]
@@ -37,7 +41,8 @@ class TaskEvaluation:
             UserError: nothing of a condition can be answered.
         """
         # Made anew each time: an engine keeps what images were to the weights it had.
-        engine = Engine(self.config, model, open_tokenizer(self.config.data.tokenizer), pg_collection=pg_collection)
+        tokenizer = open_tokenizer(self.config.data.tokenizer)
+        engine = Engine(self.config, model, tokenizer, pg_collection=pg_collection, chat=self.chat)
         means = {}
         for condition, result in zip(
             self.conditions,
@@ -52,10 +57,10 @@ class TaskEvaluation:
 
 
 def live_evaluation(config: MM1Config) -> TaskEvaluation:
-    """What `config.evaluation` asks for; its data is read here, before training begins.
+    """What `config.evaluation` asks for; its data and chat template are read here, before training begins.
 
     Raises:
-        UserError: a task or its data cannot be used, or the model cannot be asked while it is trained.
+        UserError: a task, its data or the template cannot be used, or the model cannot be asked while it is trained.
     """
     check_askable(config)
     settings = config.evaluation
@@ -63,4 +68,6 @@ def live_evaluation(config: MM1Config) -> TaskEvaluation:
         name: build_task(name, Path(settings.data[name]) if name in settings.data else None) for name in settings.tasks
     }
     series = Series(shots=settings.shots, settings=FewShot(seed=settings.seed))
-    return TaskEvaluation(config, plan(tasks, series, limit=settings.limit))
+    chat = Chat.of(settings)
+    template = None if chat is None else chat.open(open_tokenizer(config.data.tokenizer))
+    return TaskEvaluation(config, plan(tasks, series, limit=settings.limit), chat=template)

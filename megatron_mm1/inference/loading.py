@@ -10,6 +10,7 @@ import torch
 
 from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
 from megatron_mm1.config import Fp8Config, MM1Config
+from megatron_mm1.config.schema import EvaluationConfig
 from megatron_mm1.config.validation import validate
 from megatron_mm1.data.chat import ChatTemplate, find_template, read_template
 from megatron_mm1.data.tiling import Kind
@@ -56,9 +57,12 @@ class Chat:
     template: Path | None = None
 
     @classmethod
-    def of(cls, args: Namespace) -> "Chat | None":
-        """From the command-line arguments chat and chat_template; None where neither is given."""
-        return cls(args.chat_template) if args.chat or args.chat_template is not None else None
+    def of(cls, settings: Namespace | EvaluationConfig) -> "Chat | None":
+        """From what has `chat` and `chat_template`; None where neither is given."""
+        template = settings.chat_template
+        if template is None:
+            return cls() if settings.chat else None
+        return cls(Path(template))
 
     def open(self, tokenizer: Tokenizer) -> ChatTemplate:
         """Raises UserError: there is no template, or it cannot be used."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.data.chat import ChatTemplate
 from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.evaluation import asking
 from megatron_mm1.evaluation.fewshot import ZERO_SHOT
@@ -15,9 +16,9 @@ from megatron_mm1.evaluation.in_training import TaskEvaluation
 from megatron_mm1.evaluation.items import Candidate
 from megatron_mm1.evaluation.journal import Journal
 from megatron_mm1.evaluation.plan import Condition, Series, plan
-from megatron_mm1.evaluation.results import write_results
+from megatron_mm1.evaluation.results import overall, write_results
 from megatron_mm1.evaluation.runner import IMAGES_TOGETHER, copies_of, run
-from megatron_mm1.evaluation.task import Outcome, Refusal
+from megatron_mm1.evaluation.task import Measure, Outcome, Refusal
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.parallel.groups import build_process_groups, destroy_process_groups
 from megatron_mm1.parity.batches import synthetic_batches
@@ -38,12 +39,16 @@ def conditions(folder: Path, *, num_items: int = 11, series: Series = SERIES) ->
     return plan({"words": task}, series)
 
 
-def _engine(config: MM1Config, checkpoint: Path, groups: Any) -> Engine:
+def _model(config: MM1Config, checkpoint: Path, groups: Any) -> Any:
     model = build_module(config, backend="local", pg_collection=groups)
     load_weights(checkpoint, [model], pg_collection=groups)
+    return model
+
+
+def _engine(config: MM1Config, checkpoint: Path, groups: Any) -> Engine:
     return Engine(
         config,
-        model,
+        _model(config, checkpoint, groups),
         open_tokenizer(config.data.tokenizer),
         pg_collection=groups,
         images_together=IMAGES_TOGETHER,
@@ -120,6 +125,31 @@ def train_with_and_without(config: MM1Config, folder: Path) -> tuple[list[Any], 
         states.append(state)
         run.close()
     return states[0], states[1], figures
+
+
+class Letters(NewWords):
+    """Measures what exactly was answered."""
+
+    def measure(self, items, outcomes):
+        return [{"letters": Measure(float(sum(map(ord, outcome.text))))} for outcome in outcomes]
+
+
+def letters(config: MM1Config, checkpoint: Path, folder: Path, *, template: str) -> list[list[float]]:
+    """What is answered without a template and in one: first between training steps, then by engines alone."""
+    groups = build_process_groups(config.parallel, seed=1)
+    try:
+        tokenizer, model = open_tokenizer(config.data.tokenizer), _model(config, checkpoint, groups)
+        asked = plan({"words": Letters(folder, num_items=3)}, Series(shots=(0,), settings=ZERO_SHOT))
+        found: list[list[float]] = [[], []]
+        for chat in (None, ChatTemplate(template, tokenizer, origin="test")):
+            evaluation = TaskEvaluation(config, asked, chat=chat)
+            found[0] += evaluation([model], pg_collection=groups, moves=lambda: None).values()
+            engine = Engine(config, model, tokenizer, pg_collection=groups, chat=chat)
+            [result] = run(engine, asked, copies=copies_of(engine))
+            found[1] += [interval.mean for interval in overall(result.measured).values()]
+        return found
+    finally:
+        destroy_process_groups()
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -100,6 +100,17 @@ def test_an_interrupted_evaluation_ends_in_the_same_files(pool, model, folder, t
         assert whole and (tmp_path / "resumed" / file).read_bytes() == whole
 
 
+def test_a_model_in_training_is_asked_in_its_template(pool, model, folder):
+    """As an engine is, of which others test what it does with a template."""
+    config, checkpoint = model("mm1-tiny")
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}USER: {{ message['content'] }} ANSWER:"
+        "{% else %}{% generation %}{{ message['content'] }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    [(training, alone)] = pool(1).run(evaluation_jobs.letters, config, checkpoint, folder, template=template)
+    assert training == alone and len(training) == 2 and training[0] != training[1]
+
+
 @pytest.mark.parametrize(("name", "sizes"), TRAINED.values(), ids=TRAINED)
 def test_training_does_not_notice_an_evaluation(pool, model, folder, name, sizes):
     """Losses, weights, optimizer, random numbers: equal to the bit."""

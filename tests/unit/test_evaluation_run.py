@@ -12,13 +12,16 @@ import PIL.Image
 import pytest
 
 from megatron_mm1.config import ParallelConfig
+from megatron_mm1.config.loading import load_config
 from megatron_mm1.config.presets import preset
 from megatron_mm1.config.validation import validate
 from megatron_mm1.data.records import Image, Text
+from megatron_mm1.data.tokenizer import train_tokenizer
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation import asking
 from megatron_mm1.evaluation.asking import Copies
 from megatron_mm1.evaluation.fewshot import FewShot
+from megatron_mm1.evaluation.in_training import live_evaluation
 from megatron_mm1.evaluation.items import Candidate, ImageFile
 from megatron_mm1.evaluation.journal import Journal
 from megatron_mm1.evaluation.metrics.strings import exact_match
@@ -106,6 +109,36 @@ def test_a_control_differs_in_the_places_of_images_only(task):
         assert all(mine != theirs for mine, theirs in zip(images[0][:-1], images[1][:-1], strict=True))
         assert images[0][-1] == images[1][-1] == item.images[0]
         assert item.images[0] not in images[0][:-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "origin"),
+    [
+        (["--recipe", "sft"], "the template of this program"),
+        (["--evaluation.chat", "true"], "the template of this program"),
+        (["--evaluation.chat_template", "{file}"], "{file}"),
+        (["--recipe", "sft", "--evaluation.chat", "false"], None),
+        ([], None),
+    ],
+)
+def test_a_training_model_is_asked_in_the_template_that_is_named(tmp_path, arguments, origin):
+    """That of its tokenizer, or one's own."""
+    file, tokenizer = tmp_path / "own.jinja", tmp_path / "tokenizer.model"
+    file.write_text(
+        "{% for message in messages %}{% generation %}{{ message['content'] }}{% endgeneration %}{% endfor %}"
+    )
+    train_tokenizer(["what is it? Short answer:"] * 20, tokenizer, vocab_size=300)
+    task = "tests.new_words.NewWords"
+    settings = {
+        "data.tokenizer": tokenizer,
+        "evaluation.interval": 1,
+        "evaluation.tasks": f"[{task}]",
+        "evaluation.data": json.dumps({task: str(tmp_path)}),
+    }
+    options = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    options += [text.format(file=file) for text in arguments]
+    chat = live_evaluation(load_config(["--preset", "mm1-tiny", *options])).chat
+    assert (chat and chat.origin) == (origin and origin.format(file=file))
 
 
 def test_a_control_needs_two_images():
