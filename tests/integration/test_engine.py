@@ -1,6 +1,7 @@
 """What the engine promises of its answers, on one process: who else is asked, and how often, changes none of them."""
 
 from collections import defaultdict
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -326,7 +327,7 @@ def test_what_the_tokenizer_lacks_fails_its_own_request(engine):
     assert isinstance(answered, Generation)
 
 
-def test_a_conversation_is_asked_like_its_parts_and_ends_with_the_turn(engine, config, model, tokenizer):
+def test_a_conversation_is_asked_like_its_parts_and_ends_with_the_turn(engine, config, model, tokenizer, groups):
     """The template begins with the beginning of text, which the plain engine puts there itself."""
     template = ChatTemplate("{{ bos_token }}" + OWN_TEMPLATE, tokenizer, origin="test")
     prompts = [prompt for prompt in PROMPTS if Control("</s>") not in prompt]
@@ -341,6 +342,10 @@ def test_a_conversation_is_asked_like_its_parts_and_ends_with_the_turn(engine, c
     answers = chat.generate(asked(prompts))
     assert [one.token_ids for one in answers] == expected
     assert {one.finish_reason for one in answers} == {"end", "length"}  # this model ends some turns
+    padding = copy(tokenizer)
+    padding.pad_id = end  # as Llama's and Qwen's symbol of an ended turn often is
+    both = ChatTemplate("{{ bos_token }}" + OWN_TEMPLATE, padding, origin="test")
+    assert Engine(config, model, padding, pg_collection=groups, chat=both).generate(asked(prompts)) == answers
     [score] = chat.score([ScoringRequest(prompt=prompts[0], continuation="red")])
     ids = tokenizer.encode("red")
     with torch.no_grad():
