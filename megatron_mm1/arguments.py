@@ -32,11 +32,12 @@ def add_parallel_sizes(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def add_chat(parser: argparse.ArgumentParser) -> None:
+def add_chat(
+    parser: argparse.ArgumentParser,
+    help: str = "prompts are what the user of a conversation says, for a fine-tuned model",
+) -> None:
     """How a model that was trained on conversations is asked."""
-    parser.add_argument(
-        "--chat", action="store_true", help="prompts are what the user of a conversation says, for a fine-tuned model"
-    )
+    parser.add_argument("--chat", action="store_true", help=help)
     parser.add_argument(
         *both_spellings("chat-template"),
         type=Path,

@@ -3,7 +3,8 @@
     python transformers_runner.py REQUEST RESULT
 
 REQUEST is a file of torch.save: for each model a dict with its `folder`, and of each prompt its `text`, the PNG
-files of its `images` and their `pixel_values`. RESULT gets what transformers makes of them, a dict for each model.
+files of its `images` and their `pixel_values`; or its `contents`, as what the user of a conversation says. RESULT gets
+what transformers makes of them, a dict for each model.
 """
 
 import copy
@@ -21,6 +22,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    pipeline,
 )
 
 NEW_TOKENS = 6
@@ -65,9 +67,42 @@ def run(request: dict) -> dict:
     }
 
 
+def ask(request: dict) -> dict:
+    """What a folder makes of conversations, one by one and together, and of prompts outside of any."""
+    folder, remote = request["folder"], dict(trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, **remote)
+    model = AutoModelForImageTextToText.from_pretrained(folder, **remote).eval()
+    conversations = [
+        [{"role": "user", "content": [opened(item) for item in contents]}] for contents in request["contents"]
+    ]
+    form = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
+    found: dict = {"plain": [], "chat": [], "together": []}
+    for contents in request["contents"]:
+        text = "".join(item.get("text", "<image>") for item in contents)
+        found["plain"].append(processor(text=text, images=[opened(i)["image"] for i in contents if "image" in i]))
+    if processor.chat_template is not None:
+        found["chat"] = [processor.apply_chat_template(one, **form) for one in conversations]
+        together = processor.apply_chat_template(conversations, **form)
+        sequences = model.generate(**together, max_new_tokens=NEW_TOKENS)
+        rows = sequences[:, together["input_ids"].shape[1] :].tolist()
+        found["together"] = [without_padding(row, model) for row in rows]
+        asked = pipeline("image-text-to-text", model=model, processor=processor)
+        [answer] = asked(text=conversations[1], max_new_tokens=NEW_TOKENS, return_full_text=False)
+        found["piped"] = answer["generated_text"], processor.decode(found["together"][1], skip_special_tokens=True)
+        found["read"] = processor.apply_chat_template(conversations[0], add_generation_prompt=True)
+    for kind in ("plain", "chat"):
+        found[kind] = [(batch["input_ids"][0].tolist(), batch.get("pixel_values")) for batch in found[kind]]
+    return found
+
+
+def opened(item: dict) -> dict:
+    return item if "text" in item else {**item, "image": PIL.Image.open(io.BytesIO(item["image"]))}
+
+
 def without_padding(ids: list[int], model) -> list[int]:
-    end = model.generation_config.eos_token_id
-    return ids[: ids.index(end)] if end in ids else ids
+    ends = model.generation_config.eos_token_id
+    found = [ids.index(end) for end in (ends if isinstance(ends, list) else [ends]) if end in ids]
+    return ids[: min(found)] if found else ids
 
 
 def refused(processor, model) -> list[str]:
@@ -104,4 +139,5 @@ def saved_again(folder: str) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    torch.save([run(request) for request in torch.load(sys.argv[1])], sys.argv[2])
+    requests = torch.load(sys.argv[1])
+    torch.save([(ask if "contents" in request else run)(request) for request in requests], sys.argv[2])

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_mm1.arguments import FAILED, positive_int
+from megatron_mm1.arguments import FAILED, add_chat, positive_int
 from megatron_mm1.config.derived import COMPONENTS
 
 
@@ -65,6 +65,7 @@ def build_convert_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--image-token-id", type=int, metavar="N", help="for llava (the tokenizer's, where that is at hand)"
     )
+    add_chat(export, "for transformers: the folder has the chat template of a fine-tuned model")
 
     reshard = _add_conversion(
         commands,

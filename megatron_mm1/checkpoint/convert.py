@@ -75,6 +75,8 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
 
 def export_main(args: Namespace) -> None:
     """A checkpoint's weights, or some parts of them, as another library's folder."""
+    from megatron_mm1.data.chat import Chat
+
     checkpoint = MM1Checkpoint(args.checkpoint)
     config = checkpoint.metadata.mm1_config()
     model, merged = merge_adapters(config.model, checkpoint)
@@ -87,11 +89,13 @@ def export_main(args: Namespace) -> None:
         from megatron_mm1.checkpoint.transformers_export import export_transformers
 
         _check_tokenizer(checkpoint.metadata, Path(config.data.tokenizer))
-        theirs, plan, extra_files = export_transformers(config, source)
+        theirs, plan, extra_files = export_transformers(config, source, chat=Chat.of(args))
     else:
         from megatron_mm1.checkpoint.families import FAMILIES, WITH_IMAGE_PROCESSOR, export_model
         from megatron_mm1.checkpoint.image_processors import export_image_processor
 
+        if Chat.of(args) is not None:
+            raise UserError(f"--chat and --chat-template are for --family {TRANSFORMERS} only, not for {args.family}")
         if args.family not in FAMILIES:
             raise UserError(f"unknown family {args.family!r}: use one of {', '.join([*FAMILIES, TRANSFORMERS])}")
         theirs, plan = export_model(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,6 +13,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_mm1.config.schema import EvaluationConfig
 from megatron_mm1.data.records import Control, Text
 from megatron_mm1.data.tokenizer import CHAT_SYMBOLS, Tokenizer
 from megatron_mm1.data.tokenizer.tokenizer_json import CONFIG, read_json
@@ -232,3 +234,30 @@ def _to_json(value: Any, **options: Any) -> str:
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Prompts are what the user of a conversation says.
+
+    Attributes:
+        template: a file, as `mm1 data prepare --reader chat` takes it; None: the one that belongs to the tokenizer.
+    """
+
+    template: Path | None = None
+
+    @classmethod
+    def of(cls, settings: Namespace | EvaluationConfig) -> "Chat | None":
+        """From what has `chat` and `chat_template`; None where neither is given."""
+        template = settings.chat_template
+        if template is None:
+            return cls() if settings.chat else None
+        return cls(Path(template))
+
+    def open(self, tokenizer: Tokenizer) -> ChatTemplate:
+        """Raises UserError: there is no template, or it cannot be used."""
+        if self.template is None:
+            source, origin = find_template(tokenizer)
+        else:
+            source, origin = read_template(self.template), str(self.template)
+        return ChatTemplate(source, tokenizer, origin=origin)

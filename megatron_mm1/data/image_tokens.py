@@ -9,6 +9,17 @@ from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.data.tokenizer import Tokenizer
 
 
+def tiling_of(config: MM1Config) -> Tiling:
+    """The tiles that a model's images become."""
+    data = config.data
+    return Tiling(
+        data.image_tiling,
+        side=config.model.vision.image_size,
+        min_tiles=data.min_image_tiles,
+        max_tiles=data.max_image_tiles,
+    )
+
+
 @dataclass(frozen=True)
 class ImageTokens:
     """Lays out images: training, its planning and prompts go by the same rules.
@@ -32,7 +43,7 @@ class ImageTokens:
         return ImageTokens(
             image_id=tokenizer.image_id,
             tokens_per_image=config.model.connector.tokens_per_image,
-            tiling=Tiling.of(config),
+            tiling=tiling_of(config),
             indicators=tokenizer if config.data.tile_indicators else None,
         )
 

@@ -7,11 +7,10 @@ import numpy as np
 
 from megatron_mm1.config.batch_sizes import BatchSizes
 from megatron_mm1.config.schema import DataConfig, MM1Config, SourceConfig
-from megatron_mm1.data.image_tokens import ImageTokens
+from megatron_mm1.data.image_tokens import ImageTokens, tiling_of
 from megatron_mm1.data.mixture import Ingredient, Phase, Plan
 from megatron_mm1.data.pools import PackedStream, PackingLimits, PieceOf, Share
 from megatron_mm1.data.source import IndexedSource, Piece
-from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.data.tokenizer import Tokenizer
 from megatron_mm1.errors import UserError
 
@@ -168,7 +167,7 @@ def _identity(config: MM1Config, tokenizer: Tokenizer) -> dict[str, object]:
     if limits.long_documents != "split":
         identity |= {"long_documents": limits.long_documents}
     if data.image_tiling != "none":
-        identity |= {"tiling": asdict(Tiling.of(config))}
+        identity |= {"tiling": asdict(tiling_of(config))}
     if data.tile_indicators:
         identity |= {"tile_indicators": tokenizer.fingerprint}
     return identity

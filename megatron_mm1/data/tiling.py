@@ -3,14 +3,14 @@
 "overview_and_crops" (MM1 [P]): the image resized to twice the tower's side, as four quarters behind the whole one.
 "dynamic" (MM1.5): the image resized, its proportions kept, into the grid of tiles that suits its size; the rest of the
 grid is padding, and the whole image follows the tiles where there are several.
+
+An exported model carries this file: it imports nothing of this package.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-
-from megatron_mm1.config.schema import MM1Config
 
 Kind = Literal["none", "overview_and_crops", "dynamic"]
 _MOST_TILED_IMAGES = 2
@@ -54,16 +54,6 @@ class Tiling:
     side: int = 378
     min_tiles: int = 1
     max_tiles: int = 4
-
-    @staticmethod
-    def of(config: MM1Config) -> "Tiling":
-        data = config.data
-        return Tiling(
-            data.image_tiling,
-            side=config.model.vision.image_size,
-            min_tiles=data.min_image_tiles,
-            max_tiles=data.max_image_tiles,
-        )
 
     def grids(self, sizes: np.ndarray, num_images: np.ndarray | int) -> np.ndarray:
         """The grid of each image.

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_mm1.config import MM1Config
-from megatron_mm1.data.chat import ChatTemplate
+from megatron_mm1.data.chat import Chat, ChatTemplate
 from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.evaluation.fewshot import FewShot
 from megatron_mm1.evaluation.plan import Condition, Series, plan
@@ -15,7 +15,6 @@ from megatron_mm1.evaluation.results import overall
 from megatron_mm1.evaluation.runner import copies_of, run
 from megatron_mm1.evaluation.task import build_task
 from megatron_mm1.inference.engine import Engine, check_askable
-from megatron_mm1.inference.loading import Chat
 from megatron_mm1.training.build import Model
 
 

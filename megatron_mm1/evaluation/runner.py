@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from megatron_mm1.checkpoint.format import digest_of, find_checkpoint, read_metadata
-from megatron_mm1.data.chat import ChatTemplate
+from megatron_mm1.data.chat import Chat, ChatTemplate
 from megatron_mm1.data.tiling import Kind
 from megatron_mm1.errors import UserError
 from megatron_mm1.evaluation.answers import Responder
@@ -24,7 +24,7 @@ from megatron_mm1.evaluation.results import Result, measure
 from megatron_mm1.evaluation.tables import console, figures_table, refusals, samples, verdicts
 from megatron_mm1.evaluation.task import build_task
 from megatron_mm1.inference.engine import Engine
-from megatron_mm1.inference.loading import AS_TRAINED, Chat, ParallelSizes, open_engine
+from megatron_mm1.inference.loading import AS_TRAINED, ParallelSizes, open_engine
 
 _JOURNAL = "finished"
 IMAGES_TOGETHER = 8

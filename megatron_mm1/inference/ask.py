@@ -13,11 +13,12 @@ import torch
 from tqdm import tqdm
 
 from megatron_mm1.arguments import FAILED
+from megatron_mm1.data.chat import Chat
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.images import read_image
 from megatron_mm1.inference.jsonl import answer_fields, generation_request, read_line, scoring_request
-from megatron_mm1.inference.loading import Chat, ParallelSizes, open_engine
+from megatron_mm1.inference.loading import ParallelSizes, open_engine
 from megatron_mm1.inference.prompts import prompt_of
 from megatron_mm1.inference.requests import Failure, Generation, GenerationRequest, Sampling, Score, ScoringRequest
 from megatron_mm1.parallel.groups import launcher_ranks

@@ -4,9 +4,10 @@ from argparse import Namespace
 
 import torch
 
+from megatron_mm1.data.chat import Chat
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.images import read_image
-from megatron_mm1.inference.loading import Chat, ParallelSizes, open_engine
+from megatron_mm1.inference.loading import ParallelSizes, open_engine
 from megatron_mm1.inference.requests import Failure, GenerationRequest
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_mm1.config import MM1Config
+from megatron_mm1.data.image_tokens import tiling_of
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.images.preprocessing import EncodedImage
-from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.inference.prompts import EncodedPrompt, ImageKey
 from megatron_mm1.inference.replica import Replica
 from megatron_mm1.parallel.device import device
@@ -39,7 +39,7 @@ class ImageFeatures:
         # Other stages keep None for an image: every stage must take and forget the same ones.
         self._kept: OrderedDict[ImageKey, Tensor | None] = OrderedDict()
         self._unusable: set[ImageKey] = set()
-        self._tiling = Tiling.of(config)
+        self._tiling = tiling_of(config)
         self._tiles_kept = 0
         each = config.model.connector.tokens_per_image * config.model.decoder.hidden_size
         self._capacity = capacity_bytes // (each * (2 if config.training.precision == "bf16" else 4))

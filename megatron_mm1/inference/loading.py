@@ -10,11 +10,10 @@ import torch
 
 from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
 from megatron_mm1.config import Fp8Config, MM1Config
-from megatron_mm1.config.schema import EvaluationConfig
 from megatron_mm1.config.validation import validate
-from megatron_mm1.data.chat import ChatTemplate, find_template, read_template
+from megatron_mm1.data.chat import Chat
 from megatron_mm1.data.tiling import Kind
-from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.parallel.device import layer_backend
@@ -44,33 +43,6 @@ class ParallelSizes:
 
 
 AS_TRAINED = ParallelSizes()
-
-
-@dataclass(frozen=True)
-class Chat:
-    """Prompts are what the user of a conversation says.
-
-    Attributes:
-        template: a file, as `mm1 data prepare --reader chat` takes it; None: the one that belongs to the tokenizer.
-    """
-
-    template: Path | None = None
-
-    @classmethod
-    def of(cls, settings: Namespace | EvaluationConfig) -> "Chat | None":
-        """From what has `chat` and `chat_template`; None where neither is given."""
-        template = settings.chat_template
-        if template is None:
-            return cls() if settings.chat else None
-        return cls(Path(template))
-
-    def open(self, tokenizer: Tokenizer) -> ChatTemplate:
-        """Raises UserError: there is no template, or it cannot be used."""
-        if self.template is None:
-            source, origin = find_template(tokenizer)
-        else:
-            source, origin = read_template(self.template), str(self.template)
-        return ChatTemplate(source, tokenizer, origin=origin)
 
 
 @contextmanager

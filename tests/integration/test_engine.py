@@ -22,10 +22,10 @@ from megatron_mm1.config import (
 from megatron_mm1.data.assemble import Assembler, Row
 from megatron_mm1.data.batch import PackedBatch
 from megatron_mm1.data.chat import OWN_TEMPLATE, ChatTemplate
+from megatron_mm1.data.image_tokens import tiling_of
 from megatron_mm1.data.images import ImageProcessor, check_image
 from megatron_mm1.data.records import Control, Image, Text
 from megatron_mm1.data.source import Piece
-from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.errors import UserError
 from megatron_mm1.inference.engine import Engine
 from megatron_mm1.inference.generation import Continuation
@@ -158,7 +158,7 @@ def seen_in_training(config: MM1Config, tokenizer, prompt, behind: list[int]) ->
         sizes += [check_image(part.data)] if isinstance(part, Image) else []
     images = tuple(part.data for part in prompt if isinstance(part, Image))
     piece = Piece(np.array(tokens + behind), np.zeros(len(tokens + behind), bool), images)
-    grids = Tiling.of(config).grids(np.array(sizes), len(sizes))
+    grids = tiling_of(config).grids(np.array(sizes), len(sizes))
     assembler = Assembler.of(config, tokenizer, processor=ImageProcessor.of(config))
     return assembler([Row([0], [piece], grids=[grids])]).to(torch.device("cpu"))
 

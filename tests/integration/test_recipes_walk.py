@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_mm1.checkpoint.format import find_checkpoint, read_metadata
+from megatron_mm1.data.chat import OWN_TEMPLATE
 from megatron_mm1.data.tokenizer import CHAT_SYMBOLS, open_tokenizer
 from tests.conftest import REPOSITORY, shell_environment
 
@@ -146,6 +147,6 @@ def test_the_models_answer(walk: Walk) -> None:
 
 @pytest.mark.slow
 def test_the_model_leaves_as_it_is(walk: Walk) -> None:
-    assert (walk.folder / "exported/config.json").is_file()
+    assert (walk.folder / "exported/chat_template.jinja").read_text() == OWN_TEMPLATE
     assert "<html" in (walk.folder / "runs/tuned/report.html").read_text()
     assert "demo_questions" in (walk.folder / "runs/tuned/report.html").read_text()

@@ -29,6 +29,7 @@ from megatron_mm1.config import (
     VisionConfig,
 )
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
+from megatron_mm1.data.chat import Chat
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.records import Image, Text
 from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
@@ -143,8 +144,8 @@ def stored(model: MM1Model, groups) -> dict[str, Tensor]:
     return state
 
 
-def write(folder: Path, config: MM1Config, state: dict[str, Tensor]) -> None:
-    their_config, plan, files = export_transformers(config, StateDict(state))
+def write(folder: Path, config: MM1Config, state: dict[str, Tensor], *, chat: Chat | None = None) -> None:
+    their_config, plan, files = export_transformers(config, StateDict(state), chat=chat)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(their_config))
     for name, content in files.items():
@@ -180,14 +181,19 @@ def exported(groups, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Expo
     models["bf16"] = replace(last, state=half, folder=root / "bf16")
     write(root / "bf16", last.config, half)
     requests.append({**requests[-1], "folder": str(root / "bf16")})
+    for model, theirs in zip(models.values(), by_transformers(root, requests), strict=True):
+        model.theirs = theirs
+    return models
+
+
+def by_transformers(root: Path, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `tests.transformers_runner` answers, in a process without megatron."""
     torch.save(requests, root / "request")
     environment = {**os.environ, "HF_HOME": str(root / "hf"), "PYTHONPATH": ""}
     command = [sys.executable, transformers_runner.__file__, str(root / "request"), str(root / "result")]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-4000:]
-    for model, theirs in zip(models.values(), torch.load(root / "result"), strict=True):
-        model.theirs = theirs
-    return models
+    return torch.load(root / "result")
 
 
 @pytest.fixture(params=MODELS)

@@ -323,6 +323,13 @@ def test_export_gives_back_what_was_imported(imported, tmp_path, request, family
         assert convert("verify", folder, output, "--component", component) == 0
 
 
+def test_chat_templates_are_for_folders_that_have_them(imported, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert convert("export", "--checkpoint", imported, "--family", "clip", "--output", output, "--chat") != 0
+    assert "--chat and --chat-template are for --family transformers only, not for clip" in capsys.readouterr().err
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("command", ["import", "export", "reshard", "take", "upcycle", "replace"])
 def test_a_dry_run_prints_and_writes_nothing(imported, llama, tmp_path, capsys, command):
     dense = {"import": ["--source", llama[1], *PRESET], "export": ["--family", "llama"]}

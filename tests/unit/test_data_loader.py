@@ -22,10 +22,10 @@ from megatron_mm1.config import MM1Config
 from megatron_mm1.data import loader
 from megatron_mm1.data.balance import Dealer
 from megatron_mm1.data.batch import IGNORE, ImageGroup, PackedBatch
+from megatron_mm1.data.image_tokens import tiling_of
 from megatron_mm1.data.inspect.mixture import cost
 from megatron_mm1.data.loader import train_batches, validation_batches
 from megatron_mm1.data.plan import Sources, TrainingData, packed_alone, packing_limits, training_data
-from megatron_mm1.data.tiling import Tiling
 from megatron_mm1.data.tokenizer import open_tokenizer
 from megatron_mm1.data.workers import WorkerPool, from_thread, from_workers
 from megatron_mm1.errors import UserError
@@ -242,7 +242,7 @@ def test_tiled_images_take_the_places_that_were_planned(folder: Path, kind: str,
     """Also of documents that were cut: how many images the whole one has decides whether they are tiled."""
     config = small_config(folder, image_tiling=kind, max_image_tiles=2, seq_length=96, tile_indicators=indicators)
     data = opened(config)
-    tiling = Tiling.of(config)
+    tiling = tiling_of(config)
     limits = packing_limits(config, open_tokenizer(config.data.tokenizer))
     seen = set()
     for index, batch in enumerate(stream(config, 40)):

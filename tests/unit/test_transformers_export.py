@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -195,12 +196,12 @@ def test_missing_extra_and_misshaped_tensors_are_all_named(config: MM1Config, st
         import_from_transformers(theirs, StateDict(tensors))
 
 
-@pytest.mark.parametrize("resize", ["shorter_side_crop", "pad"])
-def test_images_that_are_not_squashed_are_refused(config: MM1Config, state, resize: str) -> None:
-    vision = replace(config.model.vision, image_resize=resize)
-    config = replace(config, model=replace(config.model, vision=vision))
-    with pytest.raises(UserError, match=f"image_resize is {resize}: the exported image processor only squashes"):
-        export_transformers(config, StateDict(state))
+def test_the_folders_code_imports_nothing_of_ours(config: MM1Config, state) -> None:
+    files = export_transformers(config, StateDict(state))[2]
+    code = {name: text for name, text in files.items() if name.endswith(".py")}
+    assert set(code) >= {"modeling_mm1.py", "image_processing_mm1.py", "geometry_mm1.py", "tiling_mm1.py"}
+    for name, text in code.items():
+        assert not re.search(r"^\s*(from|import) (megatron|tests)", text, re.MULTILINE), name
 
 
 def test_a_tokenizer_with_more_pieces_than_embeddings_is_refused(config: MM1Config, state) -> None:
@@ -320,7 +321,14 @@ def test_a_tokenizer_json_is_exported_as_it_is(tmp_path: Path) -> None:
 
 def test_an_end_of_text_that_also_pads_can_be_generated() -> None:
     ids = {"image_token_id": 5, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 2}
-    assert json.loads(_generation_config(ids, 6, vocab_rows=8))["suppress_tokens"] == [5, 6, 7]
+    made = json.loads(_generation_config(ids, [2], 6, vocab_rows=8))
+    assert (made["suppress_tokens"], made["eos_token_id"]) == ([5, 6, 7], 2)
+
+
+def test_the_end_of_a_turn_that_also_pads_can_be_generated() -> None:
+    ids = {"image_token_id": 5, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 4}
+    made = json.loads(_generation_config(ids, [4, 3], 6, vocab_rows=8))
+    assert (made["suppress_tokens"], made["eos_token_id"]) == ([5, 2, 6, 7], [4, 3])
 
 
 @pytest.mark.parametrize(

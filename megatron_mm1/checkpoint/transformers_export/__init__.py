@@ -2,14 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_mm1.checkpoint.rules import export_plan, import_plan
 from megatron_mm1.checkpoint.tensors import Plan, TensorSource
 from megatron_mm1.checkpoint.transformers_export.configuration import (
-    CODE_FILES,
     MODEL_TYPE,
     check_exportable,
     from_transformers,
@@ -19,17 +18,28 @@ from megatron_mm1.checkpoint.transformers_export.correspondence import EMBEDDING
 from megatron_mm1.checkpoint.transformers_export.tokenizer import tokenizer_files
 from megatron_mm1.config import MM1Config, ModelConfig
 from megatron_mm1.config.derived import padded_vocab_size
-from megatron_mm1.data.tokenizer import open_tokenizer
+from megatron_mm1.data import tiling
+from megatron_mm1.data.chat import Chat
+from megatron_mm1.data.images import geometry
+from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm1.errors import UserError
 
 __all__ = ["MODEL_TYPE", "export_transformers", "import_from_transformers"]
 
-_CODE = Path(__file__).parent / "files"
+_CODE = {
+    **{file.stem: file for file in sorted((Path(__file__).parent / "files").glob("*_mm1.py"))},
+    "geometry_mm1": Path(geometry.__file__),
+    "tiling_mm1": Path(tiling.__file__),
+}
+"""What the folder carries to be loaded with trust_remote_code, by module: its own code, and two files of training's."""
+_IMPORTS = {"megatron_mm1.data.images.geometry": ".geometry_mm1", "megatron_mm1.data.tiling": ".tiling_mm1"}
 _PROCESSOR = "processing_mm1.MM1Processor"
 _IMAGE_PROCESSOR = "image_processing_mm1.MM1ImageProcessor"
 
 
-def export_transformers(config: MM1Config, source: TensorSource) -> tuple[dict[str, Any], Plan, dict[str, bytes | str]]:
+def export_transformers(
+    config: MM1Config, source: TensorSource, *, chat: Chat | None = None
+) -> tuple[dict[str, Any], Plan, dict[str, bytes | str]]:
     """A folder for `AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)`.
 
     Reads the tokenizer that the configuration names.
@@ -37,14 +47,16 @@ def export_transformers(config: MM1Config, source: TensorSource) -> tuple[dict[s
     Args:
         config: of the run that made the weights.
         source: the weights under our names.
+        chat: for a model that was trained on conversations: the folder has their template, and an answer ends where the
+            assistant's turn does.
 
     Returns:
         config.json, the tensors of the safetensors files, and the contents of the other files by name: code,
         tokenizer, preprocessing and generation settings.
 
     Raises:
-        UserError: a part of the model is the user's own, the tokenizer cannot be used, or the weights do not fit the
-            configuration.
+        UserError: a part of the model is the user's own, the tokenizer or its template cannot be used, or the weights
+            do not fit the configuration.
     """
     check_exportable(config.model)
     tokenizer = open_tokenizer(config.data.tokenizer)
@@ -68,11 +80,23 @@ def export_transformers(config: MM1Config, source: TensorSource) -> tuple[dict[s
         special_ids=special_ids,
         dtype=_usual_dtype(plan),
     )
-    files: dict[str, bytes | str] = {name: (_CODE / name).read_text() for name in CODE_FILES}
+    files: dict[str, bytes | str] = {f"{module}.py": _code(file) for module, file in _CODE.items()}
     files |= tokenizer_files(tokenizer, max_length=config.data.seq_length)
-    files |= _processor_files(config, image_symbol=tokenizer.symbol(tokenizer.image_id))
-    files["generation_config.json"] = _generation_config(special_ids, tokenizer.vocab_size, vocab_rows=vocab_rows)
+    files |= _processor_files(config, tokenizer)
+    ends = [tokenizer.eos_id]
+    if chat is not None:
+        template = chat.open(tokenizer)
+        files["chat_template.jinja"] = template.source
+        ends = list(dict.fromkeys([*map(tokenizer.control_id, template.ends), *ends]))
+    files["generation_config.json"] = _generation_config(special_ids, ends, tokenizer.vocab_size, vocab_rows=vocab_rows)
     return their_config, plan, files
+
+
+def _code(file: Path) -> str:
+    text = file.read_text()
+    for module, carried in _IMPORTS.items():
+        text = text.replace(f"from {module} import", f"from {carried} import")
+    return text
 
 
 def import_from_transformers(config: Mapping[str, Any], source: TensorSource) -> tuple[ModelConfig, Plan]:
@@ -103,16 +127,8 @@ def _usual_dtype(plan: Plan) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def _processor_files(config: MM1Config, *, image_symbol: str) -> dict[str, str]:
-    vision = config.model.vision
-    if vision.image_resize != "squash":
-        raise UserError(
-            f"model.vision.image_resize is {vision.image_resize}: the exported image processor only squashes images"
-        )
-    if config.data.image_tiling != "none" and not config.data.text_only:
-        raise UserError(
-            f"data.image_tiling is {config.data.image_tiling}: the exported image processor cuts no image into tiles"
-        )
+def _processor_files(config: MM1Config, tokenizer: Tokenizer) -> dict[str, str]:
+    vision, data = config.model.vision, config.data
     images = {
         "auto_map": {"AutoImageProcessor": _IMAGE_PROCESSOR, "AutoProcessor": _PROCESSOR},
         "image_processor_type": "MM1ImageProcessor",
@@ -120,13 +136,19 @@ def _processor_files(config: MM1Config, *, image_symbol: str) -> dict[str, str]:
         "image_size": vision.image_size,
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
+        "image_resize": vision.image_resize,
+        "image_tiling": data.image_tiling,
+        "min_image_tiles": data.min_image_tiles,
+        "max_image_tiles": data.max_image_tiles,
     }
     processor = {
         "auto_map": {"AutoProcessor": _PROCESSOR},
         "processor_class": "MM1Processor",
         "tokens_per_image": config.model.connector.tokens_per_image,
-        "image_token": image_symbol,
-        "takes_images": not config.data.text_only,
+        "image_token": tokenizer.symbol(tokenizer.image_id),
+        "takes_images": not data.text_only,
+        "tile_indicators": data.tile_indicators,
+        "control_symbols": dict(tokenizer.controls),
     }
     return {
         "preprocessor_config.json": json.dumps(images, indent=2),
@@ -134,10 +156,11 @@ def _processor_files(config: MM1Config, *, image_symbol: str) -> dict[str, str]:
     }
 
 
-def _generation_config(special_ids: Mapping[str, int], pieces: int, *, vocab_rows: int) -> str:
+def _generation_config(special_ids: Mapping[str, int], ends: Sequence[int], pieces: int, *, vocab_rows: int) -> str:
     """Greedy; what is no text is never generated: images, padding, beginnings of text, rows that are no piece."""
-    ids = dict(special_ids)
+    ids: dict[str, Any] = dict(special_ids)
     symbols = dict.fromkeys([ids.pop("image_token_id"), ids["pad_token_id"], ids["bos_token_id"]])
-    symbols.pop(ids["eos_token_id"], None)  # one id may both pad and end texts
-    never = [*symbols, *range(pieces, vocab_rows)]
+    never = [symbol for symbol in symbols if symbol not in ends]  # one id may both pad and end texts
+    never += range(pieces, vocab_rows)
+    ids["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
     return json.dumps({**ids, "do_sample": False, "suppress_tokens": never}, indent=2)

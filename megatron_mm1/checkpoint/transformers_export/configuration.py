@@ -12,15 +12,6 @@ from megatron_mm1.model.connectors import CONNECTORS
 from megatron_mm1.model.vision import TOWERS
 
 MODEL_TYPE = "mm1"
-CODE_FILES = (
-    "configuration_mm1.py",
-    "modeling_mm1.py",
-    "vision_mm1.py",
-    "processing_mm1.py",
-    "image_processing_mm1.py",
-)
-"""What the folder carries to be loaded with trust_remote_code."""
-
 _MODEL_CLASS = "modeling_mm1.MM1ForConditionalGeneration"
 _AUTO_MAP = {
     "AutoConfig": "configuration_mm1.MM1Config",

@@ -1,8 +1,10 @@
 """RGB pixels -> squares of one size: the whole image squashed or padded, its centre, or its tiles. All in uint8.
 
 torch's antialiased uint8 bicubic agrees with Pillow's to 2 of 255, where DALI's own does not, and is faster than both.
+An exported model carries this file: of this package it imports `megatron_mm1.data.tiling` alone.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,6 +18,11 @@ Resize = Literal["squash", "shorter_side_crop", "pad"]
 _LONGEST = 32
 """Length over breadth from which only the part of an image that is kept gets resized: 1 px by 10,000 px would become
 gigabytes."""
+
+
+def mean_colour(mean: Sequence[float]) -> Tensor:
+    """[3, 1, 1] float32 in 0..255, whole numbers as LLaVA rounds: what is around images that are padded."""
+    return torch.tensor([float(int(255 * value)) for value in mean]).view(3, 1, 1)
 
 
 def resize(image: Tensor, *, height: int, width: int) -> Tensor:

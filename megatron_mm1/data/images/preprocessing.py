@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_mm1.config.schema import MM1Config
 from megatron_mm1.data.batch import ImageGroup
+from megatron_mm1.data.image_tokens import tiling_of
 from megatron_mm1.data.images.decoding import decode
-from megatron_mm1.data.images.geometry import Resize, square, tiles
+from megatron_mm1.data.images.geometry import Resize, mean_colour, square, tiles
 from megatron_mm1.data.tiling import Tiling
 
 GREY = 128
@@ -77,7 +78,7 @@ class ImageProcessor:
         self.image_size, self.mode = image_size, mode
         self.tiling = tiling or Tiling(side=image_size)
         self.normalization = Normalization(tuple(mean), tuple(std))
-        self._padding = torch.tensor([float(int(255 * value)) for value in mean]).view(3, 1, 1)  # as LLaVA rounds
+        self._padding = mean_colour(mean)
 
     @staticmethod
     def of(config: MM1Config) -> "ImageProcessor":
@@ -87,7 +88,7 @@ class ImageProcessor:
             vision.image_mean,
             vision.image_std,
             mode=vision.image_resize,
-            tiling=Tiling.of(config),
+            tiling=tiling_of(config),
         )
 
     def __call__(self, images: Sequence[bytes]) -> tuple[Tensor, list[bool]]:
