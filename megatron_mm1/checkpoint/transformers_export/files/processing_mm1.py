@@ -98,6 +98,8 @@ class MM1Processor(ProcessorMixin):
         Raises:
             ValueError: there is no template, it leaves out images, or a content is of another kind.
         """
+        if not conversation:
+            raise ValueError("the conversation has no messages")
         if continue_final_message:
             raise ValueError("continue_final_message is not supported: an answer is begun by the template")
         template = chat_template or self.chat_template
