@@ -1,5 +1,7 @@
 """The published laws against the values published with them."""
 
+import math
+
 import pytest
 
 from megatron_mm1.config.derived import padded_vocab_size
@@ -32,15 +34,26 @@ def test_law_counts_twelve_l_d_squared(num_layers: int, hidden_size: int, publis
     assert f"{law_parameters(num_layers, hidden_size):.1e}" == published
 
 
-def test_learning_rate_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="positive"):
-        peak_learning_rate(0)
+@pytest.mark.parametrize(("log_of_size", "log_of_rate"), [(0, -0.5535), (10, -4.7675)])
+def test_learning_rate_law_has_the_published_coefficients(log_of_size: int, log_of_rate: float) -> None:
+    """To all their digits, of which rates of two digits show two or three."""
+    assert math.log(peak_learning_rate(math.exp(log_of_size))) == pytest.approx(log_of_rate, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_parameters", [0, -1])
+def test_learning_rate_of_nothing_is_refused(num_parameters: int) -> None:
+    with pytest.raises(ValueError, match=f"positive, not {num_parameters}"):
+        peak_learning_rate(num_parameters)
 
 
 @pytest.mark.parametrize(("hidden_size", "ffn"), [(512, 1536), (768, 2048), (1024, 2816), (2048, 5632), (4096, 11008)])
 def test_swiglu_width_is_eight_thirds_rounded_up(hidden_size: int, ffn: int) -> None:
     """4096 -> 11008 is Llama 7B's published width."""
     assert swiglu_ffn_size(hidden_size) == ffn
+
+
+def test_swiglu_width_is_the_next_multiple_asked_for() -> None:
+    assert swiglu_ffn_size(4096, multiple=64) == 171 * 64
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4, 8, 16])

@@ -94,4 +94,16 @@ def test_unknown_preset_names_the_nearest() -> None:
 def test_table_has_every_preset_beside_the_papers_size() -> None:
     lines = {line.split()[0]: line for line in presets_table().splitlines()[1:] if line}
     assert set(PRESETS) <= set(lines)
-    assert "29.95B" in lines["mm1-30b"] and lines["mm1-30b"].endswith("30B non-embedding")
+    assert "29.95B" in lines["mm1-30b"]
+    published = {
+        "mm1-9m": "9.4M non-embedding",
+        "mm1-85m": "85M non-embedding",
+        "mm1-302m": "302M non-embedding",
+        "mm1-1.2b": "1.2B non-embedding",
+        "mm1-3b": "2.9B non-embedding",
+        "mm1-7b": "6.4B non-embedding",
+        "mm1-30b": "30B non-embedding",
+        "mm1-3b-moe": "64B total",
+        "mm1-7b-moe": "47B total",
+    }
+    assert {name: " ".join(lines[name].split()[6:]) for name in published} == published

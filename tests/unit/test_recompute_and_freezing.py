@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_mm1.config import LoraConfig
 from megatron_mm1.config.loading import load_config
 from megatron_mm1.parallel.device import device
 from megatron_mm1.parity.batches import synthetic_batches
 from megatron_mm1.training.build import build_model, build_optimizer, component_of, named_parameters, unwrap
+from megatron_mm1.training.freezing import without_gradients
 from megatron_mm1.training.step import forward_backward, train_step
 
 
@@ -149,3 +151,20 @@ def test_an_inference_or_validation_pass_builds_no_graph_either(groups):
     model = build_model(config, backend="local", pg_collection=groups)
     with torch.no_grad():
         assert not unwrap(model[0]).encode(torch.randn(1, 3, 48, 48)).requires_grad
+
+
+def test_a_step_without_gradients_leaves_what_trains_as_it_was(groups):
+    """Also where it fails; weights beside adapters, which never train, do not begin to."""
+    config = make()
+    lora = LoraConfig(rank=4, alpha=8.0, decoder_targets=("linear_proj",))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
+    model = build_model(config, backend="local", pg_collection=groups)
+
+    def trained():
+        return {name for name, parameter in named_parameters(model) if parameter.requires_grad}
+
+    before = trained()
+    with pytest.raises(MemoryError), without_gradients(model, {"decoder"}):
+        assert trained() == {name for name in before if component_of(name) != "decoder"}
+        raise MemoryError
+    assert trained() == before < {name for name, _ in named_parameters(model)}

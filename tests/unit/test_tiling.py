@@ -1,6 +1,7 @@
 """Grids against brute force, and tiles that put together again are the image."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mm1.config.presets import preset
 from megatron_mm1.data.images.geometry import tiles
 from megatron_mm1.data.tiling import Tiling, fit
 
@@ -68,6 +70,26 @@ def test_grids_of_some_sizes(size: tuple[int, int], grid: tuple[int, int]) -> No
     assert Tiling("dynamic").grids(np.array([size]), 1).tolist() == [list(grid)]
 
 
+@pytest.mark.parametrize(
+    ("size", "limits", "grid"),
+    [
+        ((4, 4), (2, 2), (1, 2)),  # 1 x 2 and 2 x 1 both pad 16 px: the fewest rows
+        ((3, 2), (3, 4), (3, 1)),  # as it is rounded, 3 x 1 and 2 x 2 both pad 24 px: the fewest tiles come first
+    ],
+)
+def test_of_grids_that_pad_alike_the_first_is_taken(
+    size: tuple[int, int], limits: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    tiling = Tiling("dynamic", side=4, min_tiles=limits[0], max_tiles=limits[1])
+    assert tiling.grids(np.array([size]), 1).tolist() == [list(grid)]
+
+
+def test_limits_are_the_configurations() -> None:
+    config = preset("mm1-3b")
+    config = replace(config, data=replace(config.data, image_tiling="dynamic", min_image_tiles=3, max_image_tiles=9))
+    assert Tiling.of(config) == Tiling("dynamic", side=config.model.vision.image_size, min_tiles=3, max_tiles=9)
+
+
 @pytest.mark.parametrize(("num_images", "expected"), [(1, 5), (2, 5), (3, 1)])
 def test_examples_with_three_images_are_not_tiled_dynamically(num_images: int, expected: int) -> None:
     sizes = np.full((num_images, 2), 2000)
@@ -85,6 +107,12 @@ def test_fitted_image_touches_two_edges_and_keeps_its_proportions(
     assert (fitted <= np.array([rows, columns]) * 50).all()
     assert (fitted == np.array([rows, columns]) * 50).any()
     assert np.abs(fitted - np.maximum(np.array([height, width]) * scale, 1)).max() <= 0.5 + 1e-6
+
+
+def test_half_a_pixel_is_rounded_up() -> None:
+    """Whatever the number before it: to the nearest even one 12.5 would become 12."""
+    fitted = fit(np.array([[4, 1], [1, 4]]), np.array([1, 1]), side=50)
+    assert fitted.tolist() == [[50, 13], [13, 50]]
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.integers(1, 3))

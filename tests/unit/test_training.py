@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_mm1.config.presets import preset
+from megatron_mm1.config.schema import BatchSizeStage
 from megatron_mm1.data.batch import Boundaries, ImageGroup
 from megatron_mm1.parity.batches import synthetic_batches
 from megatron_mm1.planning.flops import step_flops
@@ -22,6 +23,7 @@ from megatron_mm1.training.build import (
     unwrap,
 )
 from megatron_mm1.training.figures import Window
+from megatron_mm1.training.freezing import frozen_components
 from megatron_mm1.training.logging import console_line
 from megatron_mm1.training.step import LossStatistics, StepStatistics, train_step
 from megatron_mm1.training.validation import exchange_images
@@ -115,10 +117,10 @@ def test_a_component_without_a_rate_of_its_own_follows_the_decoder(groups):
     assert component_learning_rates(config, optimizer) == dict.fromkeys(COMPONENTS, 1e-3)
 
 
-def test_a_component_that_is_frozen_at_first_is_left_alone_until_its_step(groups):
-    """Weight decay and gradient norm leave it out too; all others train."""
-    config = tiny(lr=1e-2, lr_warmup_iters=0)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, frozen_steps={"tower": 2}))
+def test_components_that_are_frozen_at_first_are_left_alone_until_their_steps(groups):
+    """Weight decay and gradient norm leave them out too; all others train."""
+    config, frozen_steps = tiny(lr=1e-2, lr_warmup_iters=0), {"tower": 2, "decoder": 1}
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, frozen_steps=frozen_steps))
     model = build_model(config, backend="local", pg_collection=groups)
     optimizer, scheduler = build_optimizer(config, model, pg_collection=groups)
     batches = synthetic_batches(config, "mixed")
@@ -129,10 +131,21 @@ def test_a_component_that_is_frozen_at_first_is_left_alone_until_its_step(groups
         )
         after = dict(named_parameters(model))
         moved = {component_of(name) for name, weight in before.items() if not torch.equal(weight, after[name])}
-        assert moved == set(COMPONENTS) - ({"tower"} if step < 2 else set())
         norms = statistics.component_grad_norms
-        assert (norms["tower"] > 0) == (step == 2)
+        assert moved == {component for component, norm in norms.items() if norm > 0}
+        assert moved == {component for component in COMPONENTS if frozen_steps.get(component, 0) <= step}
         assert statistics.grad_norm == pytest.approx(math.hypot(*norms.values()), rel=1e-4)
+
+
+def test_a_ramp_of_batch_sizes_does_not_move_the_step_that_a_component_begins_with():
+    training = dataclasses.replace(
+        tiny().training,
+        global_batch_size=8,
+        batch_size_ramp=(BatchSizeStage(until=2, global_batch_size=4),),
+        frozen_steps={"tower": 1, "decoder": 3},
+    )
+    steps = [frozen_components(training, consumed_sequences=consumed) for consumed in (0, 4, 8, 16)]
+    assert steps == [{"tower", "decoder"}, {"decoder"}, {"decoder"}, set()]
 
 
 def test_every_parameter_belongs_to_a_component(groups):
