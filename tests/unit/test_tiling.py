@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mm1.config.presets import preset
+from megatron_mm1.data.image_tokens import tiling_of
 from megatron_mm1.data.images.geometry import tiles
 from megatron_mm1.data.tiling import Tiling, fit
 
@@ -87,7 +88,7 @@ def test_of_grids_that_pad_alike_the_first_is_taken(
 def test_limits_are_the_configurations() -> None:
     config = preset("mm1-3b")
     config = replace(config, data=replace(config.data, image_tiling="dynamic", min_image_tiles=3, max_image_tiles=9))
-    assert Tiling.of(config) == Tiling("dynamic", side=config.model.vision.image_size, min_tiles=3, max_tiles=9)
+    assert tiling_of(config) == Tiling("dynamic", side=config.model.vision.image_size, min_tiles=3, max_tiles=9)
 
 
 @pytest.mark.parametrize(("num_images", "expected"), [(1, 5), (2, 5), (3, 1)])

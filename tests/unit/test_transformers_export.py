@@ -37,6 +37,7 @@ from megatron_mm1.config import (
     OptimizerConfig,
     VisionConfig,
 )
+from megatron_mm1.data.chat import OWN_TEMPLATE, Chat
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.tokenizer import IMAGE_SYMBOL, Tokenizer, open_tokenizer, train_tokenizer
 from megatron_mm1.errors import UserError
@@ -317,6 +318,15 @@ def test_a_tokenizer_json_is_exported_as_it_is(tmp_path: Path) -> None:
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
     assert theirs.image_token == "<|image_pad|>"
     assert open_tokenizer(exported / "tokenizer.json").fingerprint == ours.fingerprint
+
+
+def test_a_model_of_conversations_ends_an_answer_with_the_turn(config: MM1Config, state, tokenizer: Tokenizer) -> None:
+    files = export_transformers(config, StateDict(state), chat=Chat())[2]
+    assert files["chat_template.jinja"] == OWN_TEMPLATE
+    made = json.loads(files["generation_config.json"])
+    assert made["eos_token_id"] == [tokenizer.control_id("<|end|>"), tokenizer.eos_id]
+    assert not set(made["eos_token_id"]) & set(made["suppress_tokens"])
+    assert "chat_template.jinja" not in export_transformers(config, StateDict(state))[2]
 
 
 def test_an_end_of_text_that_also_pads_can_be_generated() -> None:
