@@ -46,6 +46,13 @@ def add_chat(
     )
 
 
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Where the tokenizer is that the model was trained with."""
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="the model's, where it is not where training found it"
+    )
+
+
 def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")

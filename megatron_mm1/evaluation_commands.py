@@ -3,7 +3,15 @@
 import argparse
 from pathlib import Path
 
-from megatron_mm1.arguments import add_chat, add_command, add_parallel_sizes, both_spellings, count, positive_int
+from megatron_mm1.arguments import (
+    add_chat,
+    add_command,
+    add_parallel_sizes,
+    add_tokenizer,
+    both_spellings,
+    count,
+    positive_int,
+)
 
 
 def add_evaluation_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -60,6 +68,7 @@ def add_evaluation_commands(commands: "argparse._SubParsersAction[argparse.Argum
         help="demonstrations with their reasoning; the answer is taken out of the model's",
     )
     add_chat(evaluation)
+    add_tokenizer(evaluation)
     add_parallel_sizes(evaluation)
 
 

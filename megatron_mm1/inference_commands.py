@@ -3,7 +3,14 @@
 import argparse
 from pathlib import Path
 
-from megatron_mm1.arguments import add_chat, add_command, add_parallel_sizes, both_spellings, positive_int
+from megatron_mm1.arguments import (
+    add_chat,
+    add_command,
+    add_parallel_sizes,
+    add_tokenizer,
+    both_spellings,
+    positive_int,
+)
 
 
 def add_inference_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -89,6 +96,7 @@ def _add_caption(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         *both_spellings("max-new-tokens"), type=positive_int, default=32, metavar="N", help="(%(default)s)"
     )
     add_chat(parser)
+    add_tokenizer(parser)
     add_parallel_sizes(parser)
 
 
@@ -101,4 +109,5 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         *both_spellings("batch-size"), type=positive_int, default=64, metavar="N", help="at a time (%(default)s)"
     )
     add_chat(parser)
+    add_tokenizer(parser)
     add_parallel_sizes(parser)

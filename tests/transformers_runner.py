@@ -86,7 +86,7 @@ def ask(request: dict) -> dict:
         sequences = model.generate(**together, max_new_tokens=NEW_TOKENS)
         rows = sequences[:, together["input_ids"].shape[1] :].tolist()
         found["together"] = [without_padding(row, model) for row in rows]
-        asked = pipeline("image-text-to-text", model=model, processor=processor)
+        asked = pipeline("image-text-to-text", model=folder, **remote)
         [answer] = asked(text=conversations[1], max_new_tokens=NEW_TOKENS, return_full_text=False)
         found["piped"] = answer["generated_text"], processor.decode(found["together"][1], skip_special_tokens=True)
         found["read"] = processor.apply_chat_template(conversations[0], add_generation_prompt=True)

@@ -40,6 +40,7 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
     model = config.model
     origin: dict[str, Path] = {}
     plan: Plan = []
+    stated: dict[str, Any] = {}
     for path in args.source:
         weights = open_weights(path, base=model, seq_length=config.data.seq_length)
         if weights.checkpoint is not None:
@@ -49,17 +50,23 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
                 raise UserError(f"both {origin[component]} and {path} hold a {component}: name one of them")
             origin[component] = path
         model = weights.model
+        stated |= weights.data_settings
         plan += weights.source.plan if isinstance(weights.source, PlanSource) else weights.plan("")
     if problems := model_problems(model):
         raise ConfigError(problems)
-    fingerprint = ""
     if args.tokenizer is not None:
-        tokenizer = _open_tokenizer(args.tokenizer)
-        config = replace(config, data=replace(config.data, tokenizer=str(args.tokenizer)))
+        stated["tokenizer"] = str(args.tokenizer)
+    _, said = parse_arguments(config_arguments)  # options outrank a folder
+    stated = {name: value for name, value in stated.items() if f"data.{name}" not in said}
+    config = replace(config, data=replace(config.data, **stated))
+    fingerprint = ""
+    if "tokenizer" in stated:
+        tokenizer = _open_tokenizer(Path(config.data.tokenizer))
         fingerprint, before = tokenizer.fingerprint, model.decoder.vocab_size
         model, plan = with_vocabulary(model, plan, vocab_size=tokenizer.vocab_size)
         if before < model.decoder.vocab_size:
-            print(f"the vocabulary grows from {before} to {model.decoder.vocab_size} rows: {args.tokenizer} needs them")
+            rows = model.decoder.vocab_size
+            print(f"the vocabulary grows from {before} to {rows} rows: {config.data.tokenizer} needs them")
     config = replace(config, model=model)
     metadata = CheckpointMetadata(
         iteration=0,

@@ -193,19 +193,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} has no {' or '.join(CONFIGS)}: expected a folder as transformers or open_clip has it"
         )
-    return _read_json(path)
+    return read_json(path) or {}
 
 
 def _read_image_processor(folder: Path) -> dict[str, Any] | None:
     """From its own file, or from that of the whole processor, which transformers 5 writes and reads first."""
-    if (path := folder / PROCESSOR).is_file():
-        nested = _read_json(path).get("image_processor")
-        if isinstance(nested, dict):
-            return nested
-    return _read_json(path) if (path := folder / IMAGE_PROCESSOR).is_file() else None
+    nested = (read_json(folder / PROCESSOR) or {}).get("image_processor")
+    return nested if isinstance(nested, dict) else read_json(folder / IMAGE_PROCESSOR)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is no file.
+
+    Raises:
+        UserError: it holds no JSON object.
+    """
+    if not path.is_file():
+        return None
     try:
         config = json.loads(path.read_text())
     except ValueError as error:

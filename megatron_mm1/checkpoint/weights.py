@@ -1,7 +1,9 @@
 """Weights in any format we know, under MM1's names."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_mm1.checkpoint.dist_checkpoint import DistCheckpoint, is_dist_checkpoint
 from megatron_mm1.checkpoint.format import METADATA, OPTIMIZER_PREFIX
@@ -21,12 +23,14 @@ class Weights:
         model: its configuration; of parts that are not there, the `base` it was opened with.
         source: the tensors under our names, those of an optimizer included.
         checkpoint: the folder itself where it is an MM1 checkpoint.
+        data_settings: fields of `DataConfig` that it states, a whole exported MM1 alone.
     """
 
     path: Path
     model: ModelConfig
     source: TensorSource
     checkpoint: MM1Checkpoint | None = None
+    data_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -50,13 +54,14 @@ def open_weights(path: Path, *, base: ModelConfig, seq_length: int | None = None
     folder = open_folder(path)
     if isinstance(folder, MM1Checkpoint):
         return Weights(path, folder.metadata.mm1_config().model, folder, folder)
-    if isinstance(folder, SafetensorsFolder):
-        model, plan = _import_safetensors(folder, base, seq_length)
-    else:
+    settings: Mapping[str, Any] = {}
+    if isinstance(folder, DistCheckpoint):
         from megatron_mm1.checkpoint.megatron_llava import import_megatron_llava
 
         model, plan = import_megatron_llava(folder, base=base)
-    return Weights(path, model, PlanSource(plan))
+    else:
+        model, plan, settings = _import_safetensors(folder, base, seq_length)
+    return Weights(path, model, PlanSource(plan), data_settings=settings)
 
 
 def open_folder(path: Path) -> MM1Checkpoint | SafetensorsFolder | DistCheckpoint:
@@ -75,13 +80,14 @@ def open_folder(path: Path) -> MM1Checkpoint | SafetensorsFolder | DistCheckpoin
 
 def _import_safetensors(
     folder: SafetensorsFolder, base: ModelConfig, seq_length: int | None
-) -> tuple[ModelConfig, Plan]:
+) -> tuple[ModelConfig, Plan, Mapping[str, Any]]:
     from megatron_mm1.checkpoint.families import import_model
-    from megatron_mm1.checkpoint.transformers_export import MODEL_TYPE, import_from_transformers
+    from megatron_mm1.checkpoint.transformers_export import MODEL_TYPE, data_settings, import_from_transformers
 
     if folder.config.get("model_type") == MODEL_TYPE:
-        return import_from_transformers(folder.config, folder)
-    return import_model(folder.config, folder, base=base, seq_length=seq_length, image_processor=folder.image_processor)
+        return *import_from_transformers(folder.config, folder), data_settings(folder.path)
+    images = folder.image_processor
+    return *import_model(folder.config, folder, base=base, seq_length=seq_length, image_processor=images), {}
 
 
 def components(source: TensorSource) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ _SHOWN_REFUSALS = 5
 
 def evaluate_main(args: Namespace) -> None:
     """`mm1 eval`: `args` has checkpoint, task (names), data (TASK=DIR), output, limit, shots, control, image_tiling,
-    max_image_tiles, chat, chat_template and the fields of `FewShot` and `ParallelSizes`.
+    max_image_tiles, chat, chat_template, tokenizer and the fields of `FewShot` and `ParallelSizes`.
     """
     settings = FewShot(
         seed=args.seed,
@@ -53,6 +53,7 @@ def evaluate_main(args: Namespace) -> None:
         image_tiling=args.image_tiling,
         max_image_tiles=args.max_image_tiles,
         chat=Chat.of(args),
+        tokenizer=args.tokenizer,
     )
     if results is not None:
         print(samples(results))
@@ -64,7 +65,8 @@ def evaluate_main(args: Namespace) -> None:
             print(f"not answered: {line}")
         if len(lines) > _SHOWN_REFUSALS:
             print(f"not answered: {len(lines) - _SHOWN_REFUSALS} more, see the report")
-        print(f"written to {args.output}: report.html, report.md, results.json, items.jsonl")
+        files = sorted(path.name for path in args.output.iterdir() if path.is_file())
+        print(f"written to {args.output}: {', '.join(files)}")
 
 
 def _folders(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
@@ -96,6 +98,7 @@ def evaluate(
     image_tiling: Kind | None = None,
     max_image_tiles: int | None = None,
     chat: Chat | None = None,
+    tokenizer: Path | None = None,
 ) -> list[Result] | None:
     """Run tasks on a checkpoint; every process of the job calls this. An evaluation that was interrupted goes on.
 
@@ -106,7 +109,7 @@ def evaluate(
         series: how items are presented.
         folders: of the tasks' data, by task; not of those that know their own.
         limit: items per task at most.
-        image_tiling, max_image_tiles, chat: see `open_engine`.
+        image_tiling, max_image_tiles, chat, tokenizer: see `open_engine`.
 
     Returns:
         The results on rank 0, None on the others.
@@ -126,6 +129,7 @@ def evaluate(
         image_tiling=image_tiling,
         max_image_tiles=max_image_tiles,
         chat=chat,
+        tokenizer=tokenizer,
     ) as engine:
         parallel = asdict(engine.config.parallel)
         digest = _digest(

@@ -4,7 +4,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import batched
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,7 +30,7 @@ _BLIND = "the model was trained with data.text_only, so it sees no images: use a
 
 def generate_main(args: Namespace) -> int:
     """`args` has checkpoint, prompt and image or input, output, max_new_tokens, stop, temperature, top_k, top_p, seed,
-    batch_size, chat, chat_template and the fields of `ParallelSizes`; the exit code.
+    batch_size, chat, chat_template, tokenizer and the fields of `ParallelSizes`; the exit code.
 
     Raises:
         UserError: the checkpoint, the layout, an option or the prompt cannot be used.
@@ -50,7 +50,7 @@ def generate_main(args: Namespace) -> int:
     asked = GenerationRequest(
         prompt=prompt, max_new_tokens=args.max_new_tokens, stop=tuple(args.stop), sampling=sampling
     )
-    with open_engine(args.checkpoint, sizes=ParallelSizes.of(args), batch_size=1, chat=Chat.of(args)) as engine:
+    with _engine(args, batch_size=1) as engine:
         if args.image and engine.config.data.text_only:
             raise UserError(_BLIND)
         is_writer = torch.distributed.get_rank() == 0
@@ -67,14 +67,24 @@ def generate_main(args: Namespace) -> int:
 
 
 def score_main(args: Namespace) -> int:
-    """`args` has checkpoint, input, output, batch_size, chat, chat_template and the fields of `ParallelSizes`; the exit
-    code.
+    """`args` has checkpoint, input, output, batch_size, chat, chat_template, tokenizer and `ParallelSizes`' fields;
+    the exit code.
     """
 
     def request(number: int, fields: Mapping[str, Any], folder: Path) -> ScoringRequest:
         return scoring_request(fields, folder)
 
     return _answer_lines(args, request, lambda engine, requests: engine.score(requests))
+
+
+def _engine(args: Namespace, *, batch_size: int) -> AbstractContextManager[Engine]:
+    return open_engine(
+        args.checkpoint,
+        sizes=ParallelSizes.of(args),
+        batch_size=batch_size,
+        chat=Chat.of(args),
+        tokenizer=args.tokenizer,
+    )
 
 
 def _print_piece(index: int, text: str) -> None:
@@ -90,9 +100,7 @@ def _answer_lines[Request, Answer: Generation | Score](
     lines, folder = _read_lines(args.input)
     num_failed = 0
     with (
-        open_engine(
-            args.checkpoint, sizes=ParallelSizes.of(args), batch_size=args.batch_size, chat=Chat.of(args)
-        ) as engine,
+        _engine(args, batch_size=args.batch_size) as engine,
         _writing(args.output) as file,
         _progress(len(lines), silent=args.output is None) as progress,
     ):

@@ -12,14 +12,15 @@ from megatron_mm1.inference.requests import Failure, GenerationRequest
 
 
 def caption_main(args: Namespace) -> None:
-    """Print "file: caption" for each image: `args` has checkpoint, image (paths), max_new_tokens, chat, chat_template
-    and the fields of `ParallelSizes`.
+    """Print "file: caption" for each image: `args` has checkpoint, image (paths), max_new_tokens, chat, chat_template,
+    tokenizer and the fields of `ParallelSizes`.
 
     Raises:
         UserError: a file is missing or no image, or the checkpoint cannot be used or was trained without images.
     """
     prompts = [(read_image(path),) for path in args.image]
-    with open_engine(args.checkpoint, sizes=ParallelSizes.of(args), chat=Chat.of(args)) as engine:
+    options = {"sizes": ParallelSizes.of(args), "chat": Chat.of(args), "tokenizer": args.tokenizer}
+    with open_engine(args.checkpoint, **options) as engine:
         if engine.config.data.text_only:
             raise UserError(f"{args.checkpoint} was trained with data.text_only, so it sees no images: use another")
         answers = engine.generate(

@@ -55,6 +55,7 @@ def open_engine(
     image_tiling: Kind | None = None,
     max_image_tiles: int | None = None,
     chat: Chat | None = None,
+    tokenizer: Path | None = None,
 ) -> Iterator[Engine]:
     """Join the job, load the checkpoint's weights, and leave the job when the block ends.
 
@@ -64,6 +65,7 @@ def open_engine(
         image_tiling: how images become tiles, instead of what the model was trained with.
         max_image_tiles: of a dynamic grid, instead of the same (MM1.5 asks with up to 16 [P]).
         chat: for a model that was trained on conversations.
+        tokenizer: where the one it was trained with is; None: where training found it.
 
     Raises:
         UserError: the checkpoint, its tokenizer or chat template, the layout or so many tiles cannot be used.
@@ -72,15 +74,17 @@ def open_engine(
     metadata = read_metadata(checkpoint)
     world_size = launcher_ranks()[1]
     config = inference_config(metadata.mm1_config(), sizes=sizes, world_size=world_size)
+    if tokenizer is not None:
+        config = replace(config, data=replace(config.data, tokenizer=str(tokenizer)))
     if image_tiling is not None:
         config = with_tiling(config, image_tiling)
     if max_image_tiles is not None:
         config = with_grids(config, max_image_tiles=max_image_tiles)
     validate(config, world_size=world_size)
     backend = layer_backend(config)
-    tokenizer = open_tokenizer(config.data.tokenizer)
-    check_tokenizer(metadata, tokenizer.fingerprint)
-    template = None if chat is None else chat.open(tokenizer)
+    opened = open_tokenizer(config.data.tokenizer)
+    check_tokenizer(metadata, opened.fingerprint)
+    template = None if chat is None else chat.open(opened)
     initialize_process_group(timeout_minutes=config.parallel.distributed_timeout_minutes)
     try:
         groups = build_process_groups(config.parallel, seed=config.training.seed)
@@ -90,7 +94,7 @@ def open_engine(
         yield Engine(
             config,
             model,
-            tokenizer,
+            opened,
             pg_collection=groups,
             batch_size=batch_size,
             images_together=images_together,

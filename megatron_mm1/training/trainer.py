@@ -149,6 +149,8 @@ class Run:
             self.logger.say(f" {sentence}")
         if start is not None:
             self.logger.say(f" starting from {start.checkpoint}")
+            if (last := config.training.train_iters) <= self.iteration:
+                self.logger.say(f" which is step {self.iteration:,} of {last:,}: nothing is left to train")
             if self.progress.missing:
                 self.logger.say(f" not in it, and so drawn anew: {', '.join(self.progress.missing)}")
             if self.progress.without_scales:

@@ -1,6 +1,7 @@
 """Tiles and conversations of an exported folder in transformers: the same tokens, pixels and answers as ours."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import PIL.ExifTags
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint
+from megatron_mm1.cli import main
 from megatron_mm1.config import MM1Config, ModelConfig
 from megatron_mm1.data.chat import Chat, ChatTemplate
 from megatron_mm1.data.image_tokens import tiling_of
@@ -67,6 +70,7 @@ class Case:
     tokenizer: Tokenizer
     engine: Engine
     template: ChatTemplate | None
+    folder: Path
     theirs: dict[str, Any]
 
     def encoded(self, prompt: Prompt, *, chat: bool) -> tuple[list[int], Tensor | None]:
@@ -92,7 +96,7 @@ def cases(groups, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         write(folder, config, stored(model, groups), chat=chat)
         template = None if chat is None else chat.open(tokenizer)
         engine = Engine(config, model, tokenizer, pg_collection=groups, chat=template)
-        made[name] = Case(config, tokenizer, engine, template, {})
+        made[name] = Case(config, tokenizer, engine, template, folder, {})
         requests.append({"folder": str(folder), "contents": [contents(prompt) for prompt in PROMPTS]})
     for case, theirs in zip(made.values(), by_transformers(root, requests), strict=True):
         case.theirs = theirs
@@ -146,6 +150,28 @@ def test_a_pipeline_says_the_answer(cases: dict[str, Case]) -> None:
     for name in ("whole", "overview and crops"):
         said, expected = cases[name].theirs["piped"]
         assert said == expected != ""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tiling"),
+    [
+        ("dynamic, indicators", [], ("dynamic", 4, 6, True)),
+        ("overview and crops", [], ("overview_and_crops", 1, 4, False)),
+        ("dynamic, indicators", ["--image_tiling", "none", "--tile_indicators", "false"], ("none", 4, 6, False)),
+    ],
+)
+def test_imported_again_it_takes_images_and_text_as_before(
+    cases: dict[str, Case], name: str, options: list[str], tiling: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """Its tokenizer and its tiles are the folder's, whatever the preset has; options outrank it."""
+    case, output = cases[name], tmp_path / "back"
+    arguments = ["--source", case.folder, "--output", output, "--preset", "mm1-tiny", *options]
+    assert main(["convert", "import", *map(str, arguments)]) == 0
+    metadata = MM1Checkpoint(output).metadata
+    data = metadata.mm1_config().data
+    assert data.tokenizer == str(case.folder / "tokenizer.model")
+    assert metadata.tokenizer_fingerprint == case.tokenizer.fingerprint
+    assert (data.image_tiling, data.min_image_tiles, data.max_image_tiles, data.tile_indicators) == tiling
 
 
 def test_a_conversation_can_be_read(cases: dict[str, Case]) -> None:

@@ -285,6 +285,20 @@ def test_caption_refuses_another_tokenizer(model, tokenizer, tmp_path):
     assert open_tokenizer(tokenizer).fingerprint[:12] in result.stderr
 
 
+def test_a_tokenizer_that_has_moved_is_named(model, tokenizer, tmp_path):
+    picture, moved = tmp_path / "picture.png", tmp_path / "moved.model"
+    picture.write_bytes(A.data)
+    command = ["caption", "--checkpoint", model("mm1-tiny")[1], "--image", picture, "--max-new-tokens", "2"]
+    tokenizer.rename(moved)
+    try:
+        without, named = mm1(*command), mm1(*command, "--tokenizer", moved)
+    finally:
+        moved.rename(tokenizer)
+    assert without.returncode == 2
+    assert f"no tokenizer at '{tokenizer}': set data.tokenizer (--tokenizer," in without.stderr
+    assert named.returncode == 0 and f"{picture}: " in named.stdout
+
+
 def test_lines_are_answered_in_order_and_bad_ones_have_an_error(model, tmp_path):
     (tmp_path / "a.png").write_bytes(A.data)
     question = {"prompt": "<image>Question: what is this? Short answer:", "images": ["a.png"]}

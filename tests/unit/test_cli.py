@@ -38,7 +38,7 @@ class Calls(list):
 
 
 NO_SIZES = {f"{dimension}_model_parallel_size": None for dimension in ("tensor", "pipeline", "expert")}
-NO_CHAT = {"chat": False, "chat_template": None}
+NO_CHAT = {"chat": False, "chat_template": None, "tokenizer": None}
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> Calls:

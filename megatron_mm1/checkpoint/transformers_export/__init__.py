@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mm1.checkpoint.rules import export_plan, import_plan
+from megatron_mm1.checkpoint.safetensors_folder import IMAGE_PROCESSOR, PROCESSOR, read_json
 from megatron_mm1.checkpoint.tensors import Plan, TensorSource
 from megatron_mm1.checkpoint.transformers_export.configuration import (
     MODEL_TYPE,
@@ -24,7 +25,7 @@ from megatron_mm1.data.images import geometry
 from megatron_mm1.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_mm1.errors import UserError
 
-__all__ = ["MODEL_TYPE", "export_transformers", "import_from_transformers"]
+__all__ = ["MODEL_TYPE", "data_settings", "export_transformers", "import_from_transformers"]
 
 _CODE = {
     **{file.stem: file for file in sorted((Path(__file__).parent / "files").glob("*_mm1.py"))},
@@ -114,6 +115,26 @@ def import_from_transformers(config: Mapping[str, Any], source: TensorSource) ->
     return model, import_plan(mm1_correspondence(model, vocab_rows=vocab_rows), source, what="an exported MM1")
 
 
+_TILING = ("image_tiling", "min_image_tiles", "max_image_tiles")
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+
+
+def data_settings(folder: Path) -> dict[str, Any]:
+    """Fields of `DataConfig` that an exported folder states: its tokenizer, and how images become tokens.
+
+    Raises:
+        UserError: a file of it is damaged.
+    """
+    tokenizer = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
+    settings: dict[str, Any] = {} if tokenizer is None else {"tokenizer": str(tokenizer)}
+    if (images := read_json(folder / IMAGE_PROCESSOR)) is not None:
+        settings |= {name: images[name] for name in _TILING if name in images}
+    if (processor := read_json(folder / PROCESSOR)) is not None:
+        settings |= {"tile_indicators": processor.get("tile_indicators", False)}
+        settings |= {"text_only": not processor.get("takes_images", True)}
+    return settings
+
+
 def _vocab_rows(model: ModelConfig, source: TensorSource) -> int:
     """As the weights have them: how far the vocabulary is padded depends on the layout it was trained in."""
     embedding = source.tensors.get(EMBEDDING)
@@ -137,9 +158,7 @@ def _processor_files(config: MM1Config, tokenizer: Tokenizer) -> dict[str, str]:
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
         "image_resize": vision.image_resize,
-        "image_tiling": data.image_tiling,
-        "min_image_tiles": data.min_image_tiles,
-        "max_image_tiles": data.max_image_tiles,
+        **{name: getattr(data, name) for name in _TILING},
     }
     processor = {
         "auto_map": {"AutoProcessor": _PROCESSOR},
@@ -151,8 +170,8 @@ def _processor_files(config: MM1Config, tokenizer: Tokenizer) -> dict[str, str]:
         "control_symbols": dict(tokenizer.controls),
     }
     return {
-        "preprocessor_config.json": json.dumps(images, indent=2),
-        "processor_config.json": json.dumps(processor, indent=2),
+        IMAGE_PROCESSOR: json.dumps(images, indent=2),
+        PROCESSOR: json.dumps(processor, indent=2),
     }
 
 

@@ -17,7 +17,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"no tokenizer at {str(path)!r}: set data.tokenizer to a SentencePiece model file or a tokenizer.json "
-            "(tools/train_tokenizer.py trains one)"
+            f"no tokenizer at {str(path)!r}: set data.tokenizer (--tokenizer, where a checkpoint is asked) to a "
+            "SentencePiece model file or a tokenizer.json (tools/train_tokenizer.py trains one)"
         )
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)

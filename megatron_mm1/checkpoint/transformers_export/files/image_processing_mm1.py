@@ -10,6 +10,7 @@ import PIL.ImageOps
 import torch
 from transformers import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.processing_utils import ImagesKwargs
 
 from megatron_mm1.data.images.geometry import Resize, mean_colour, tiles
 from megatron_mm1.data.tiling import Kind, Tiling
@@ -27,6 +28,7 @@ class MM1ImageProcessor(ImageProcessingMixin):
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  # as transformers declares it
+    valid_kwargs = ImagesKwargs  # which from_pretrained looks at where a pipeline gives it options
 
     def __init__(
         self,
