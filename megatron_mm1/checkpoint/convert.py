@@ -17,7 +17,7 @@ from megatron_mm1.checkpoint.summary import in_bytes, plan_table
 from megatron_mm1.checkpoint.tensors import Plan, PlanSource, Subset, copied, in_pieces
 from megatron_mm1.checkpoint.vocabulary import with_vocabulary
 from megatron_mm1.checkpoint.weights import Weights, component_of, components, open_weights, with_component
-from megatron_mm1.config import MM1Config
+from megatron_mm1.config import DataConfig, MM1Config, ModelConfig
 from megatron_mm1.config.command_line import parse_arguments, set_override
 from megatron_mm1.config.derived import COMPONENTS, smallest_world_size
 from megatron_mm1.config.loading import load_config
@@ -42,7 +42,7 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
     plan: Plan = []
     stated: dict[str, Any] = {}
     for path in args.source:
-        weights = open_weights(path, base=model, seq_length=config.data.seq_length)
+        weights = open_weights(path, base=model, seq_length=config.data.seq_length, with_images=True)
         if weights.checkpoint is not None:
             raise UserError(f"{path} is an MM1 checkpoint already: take its parts with mm1 convert replace or take")
         for component in weights.components:
@@ -54,11 +54,14 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
         plan += weights.source.plan if isinstance(weights.source, PlanSource) else weights.plan("")
     if problems := model_problems(model):
         raise ConfigError(problems)
+    of_images = [name for name in stated if name != "tokenizer"]
+    model, stated = _said(config_arguments, config, model, stated)
     if args.tokenizer is not None:
         stated["tokenizer"] = str(args.tokenizer)
-    _, said = parse_arguments(config_arguments)  # options outrank a folder
-    stated = {name: value for name, value in stated.items() if f"data.{name}" not in said}
-    config = replace(config, data=replace(config.data, **stated))
+    config = from_dict(to_dict(replace(config, data=replace(config.data, **stated))))
+    data = DataConfig(**{name: getattr(config.data, name) for name in of_images})
+    if of_images and (problems := model_problems(model, data)):
+        raise ConfigError(problems)
     fingerprint = ""
     if "tokenizer" in stated:
         tokenizer = _open_tokenizer(Path(config.data.tokenizer))
@@ -78,6 +81,19 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
         has_training_state=False,
     )
     _write(args, plan, metadata)
+
+
+def _said(
+    config_arguments: Sequence[str], config: MM1Config, model: ModelConfig, stated: Mapping[str, Any]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """What options say of images and data, in the place of what folders state."""
+    _, said = parse_arguments(config_arguments)
+    images = ("image_resize", "image_mean", "image_std")
+    of_options = {name: getattr(config.model.vision, name) for name in images if f"model.vision.{name}" in said}
+    kept = {name: value for name, value in stated.items() if f"data.{name}" not in said}
+    if kept.get("tile_indicators") and config.data.image_tiling == "none" and "image_tiling" not in kept:
+        kept["tile_indicators"] = False  # of the folder's tiles, which the options leave out
+    return replace(model, vision=replace(model.vision, **of_options)), kept
 
 
 def export_main(args: Namespace) -> None:
@@ -198,7 +214,8 @@ def replace_main(args: Namespace) -> None:
 
     base = _without_adapters(MM1Checkpoint(args.checkpoint))
     before = base.metadata.mm1_config()
-    other = open_weights(args.source, base=before.model, seq_length=before.data.seq_length)
+    images = args.component == "tower"
+    other = open_weights(args.source, base=before.model, seq_length=before.data.seq_length, with_images=images)
     if other.checkpoint is not None:
         _without_adapters(other.checkpoint)
     if args.component not in other.components:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from megatron_mm1.checkpoint.safetensors_folder import IMAGE_PROCESSOR
+from megatron_mm1.checkpoint.safetensors_folder import IMAGE_PROCESSOR, PROCESSOR
 from megatron_mm1.checkpoint.tower_configs import PIXELS
 from megatron_mm1.config.schema import VisionConfig
 from megatron_mm1.errors import UserError
@@ -51,6 +51,8 @@ def import_image_processor(theirs: Config, vision: VisionConfig) -> VisionConfig
     if kind is None:
         raise _refused(f"image processor {name}: supported are those of {', '.join(DEFAULTS)}")
     values = {**DEFAULTS[kind], **{key: value for key, value in theirs.items() if value is not None}}
+    if kind != "Llava":
+        values["do_pad"] = False  # only LLaVA's pads to squares
     mode = _resize(values, side=vision.image_size)
     reasons = list(_unsupported(values, mode, vision))
     if mode is None or reasons:
@@ -64,7 +66,7 @@ def import_image_processor(theirs: Config, vision: VisionConfig) -> VisionConfig
 
 
 def _refused(*reasons: str) -> UserError:
-    way_out = f"without {IMAGE_PROCESSOR} the weights are imported all the same, for images as model.vision says"
+    way_out = f"without {IMAGE_PROCESSOR} (or {PROCESSOR}) the weights are imported all the same: see model.vision"
     return UserError("\n  ".join(["this model's images cannot be prepared here:", *reasons, way_out]))
 
 
@@ -91,7 +93,7 @@ def _size(size: Any) -> dict[str, int]:
 
 def _unsupported(values: Config, mode: str | None, vision: VisionConfig) -> Iterator[str]:
     if mode is None:
-        keys = ("size", "do_center_crop", "crop_size", "do_pad")
+        keys = ("size", "do_pad", "do_center_crop", "crop_size")
         said = ", ".join(f"{key} {values[key]}" for key in keys if key in values)
         yield f"{said}: supported are squares of the tower's {vision.image_size} px, squashed, cut out or padded"
     if values["resample"] != _BICUBIC:
@@ -99,6 +101,12 @@ def _unsupported(values: Config, mode: str | None, vision: VisionConfig) -> Iter
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if not values[key]:
             yield f"{key} false: images are resized and normalised here"
+    for key in ("image_mean", "image_std"):
+        numbers = values[key]
+        if len(numbers) != 3 or not all(isinstance(number, int | float) for number in numbers):
+            yield f"{key} {numbers}: images here have three channels"
+        elif key == "image_std" and min(numbers) <= 0:
+            yield f"{key} {numbers}: pixels are divided by it"
     if abs(values["rescale_factor"] * 255 - 1) > 1e-6:
         yield f"rescale_factor {values['rescale_factor']}: pixels are 0 to 1 here before they are normalised"
 

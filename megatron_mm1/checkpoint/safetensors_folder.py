@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,7 +41,6 @@ class SafetensorsFolder:
 
     Attributes:
         config: what its `config.json` (open_clip: `open_clip_config.json`) holds.
-        image_processor: what transformers' settings of its image processor hold; None: there are none.
 
     Raises:
         UserError: there is no safetensors file or no configuration, the weights are pickles, the index names a file
@@ -50,10 +50,18 @@ class SafetensorsFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _read_config(path)
-        self.image_processor = _read_image_processor(path)
         self._files: dict[str, Any] = {}
         self._file_of = self._find_tensors()
         self._tensors = {name: self._info(name) for name in self._file_of}
+
+    @cached_property
+    def image_processor(self) -> dict[str, Any] | None:
+        """transformers' settings of its image processor; None: there are none.
+
+        They are in a file of their own, or in that of the whole processor, which transformers 5 writes and reads first.
+        """
+        nested = (read_json(self.path / PROCESSOR) or {}).get("image_processor")
+        return nested if isinstance(nested, dict) else read_json(self.path / IMAGE_PROCESSOR)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -194,12 +202,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no {' or '.join(CONFIGS)}: expected a folder as transformers or open_clip has it"
         )
     return read_json(path) or {}
-
-
-def _read_image_processor(folder: Path) -> dict[str, Any] | None:
-    """From its own file, or from that of the whole processor, which transformers 5 writes and reads first."""
-    nested = (read_json(folder / PROCESSOR) or {}).get("image_processor")
-    return nested if isinstance(nested, dict) else read_json(folder / IMAGE_PROCESSOR)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -41,15 +41,17 @@ class Weights:
         return [copied(self.source, name) for name in self.source.tensors if name.startswith(prefixes)]
 
 
-def open_weights(path: Path, *, base: ModelConfig, seq_length: int | None = None) -> Weights:
+def open_weights(path: Path, *, base: ModelConfig, seq_length: int | None = None, with_images: bool = False) -> Weights:
     """An MM1 checkpoint, a folder of transformers or open_clip, or a LLaVAModel checkpoint of megatron-core.
 
     Args:
         base: the configuration of what is not there.
         seq_length: positions the decoder will see; None: as many as it was made for.
+        with_images: take over how a tower's images are prepared too, where the folder says it.
 
     Raises:
-        UserError: it is none of them, unsafe, damaged, or no model that can be an MM1's.
+        UserError: it is none of them, unsafe, damaged, or no model that can be an MM1's, or its images cannot be
+            prepared here.
     """
     folder = open_folder(path)
     if isinstance(folder, MM1Checkpoint):
@@ -60,7 +62,7 @@ def open_weights(path: Path, *, base: ModelConfig, seq_length: int | None = None
 
         model, plan = import_megatron_llava(folder, base=base)
     else:
-        model, plan, settings = _import_safetensors(folder, base, seq_length)
+        model, plan, settings = _import_safetensors(folder, base, seq_length, with_images=with_images)
     return Weights(path, model, PlanSource(plan), data_settings=settings)
 
 
@@ -79,14 +81,15 @@ def open_folder(path: Path) -> MM1Checkpoint | SafetensorsFolder | DistCheckpoin
 
 
 def _import_safetensors(
-    folder: SafetensorsFolder, base: ModelConfig, seq_length: int | None
+    folder: SafetensorsFolder, base: ModelConfig, seq_length: int | None, *, with_images: bool
 ) -> tuple[ModelConfig, Plan, Mapping[str, Any]]:
     from megatron_mm1.checkpoint.families import import_model
     from megatron_mm1.checkpoint.transformers_export import MODEL_TYPE, data_settings, import_from_transformers
 
     if folder.config.get("model_type") == MODEL_TYPE:
-        return *import_from_transformers(folder.config, folder), data_settings(folder.path)
-    images = folder.image_processor
+        model, plan = import_from_transformers(folder.config, folder)
+        return model, plan, data_settings(folder, model) if with_images else {}
+    images = folder.image_processor if with_images else None
     return *import_model(folder.config, folder, base=base, seq_length=seq_length, image_processor=images), {}
 
 

@@ -86,10 +86,10 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise, strftime_now=lambda form: datetime.now().strftime(form))
-        self._variables = {
+        self._variables: dict[str, Any] = {
             f"{role}_token": tokenizer.symbol(token)
             for role, token in {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}.items()
-        } | {"image_token": IMAGE}
+        } | {"image_token": IMAGE, "tools": None, "documents": None}  # the last two as transformers has them
         symbols = sorted(tokenizer.controls, key=len, reverse=True)
         self._symbols = re.compile(f"(?:{'|'.join(map(re.escape, symbols))})(?!{_ORDINARY})")
         try:

@@ -54,7 +54,8 @@ def image_size(data: bytes) -> tuple[int, int]:
     """
     with open_header(data) as image:
         try:
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
+            # Pillow has turned a TIFF's size already.
+            turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _TURNED
         except Exception:  # see open_header
             turned = False
         return (image.width, image.height) if turned else (image.height, image.width)

@@ -1,5 +1,7 @@
 """Tiles and conversations of an exported folder in transformers: the same tokens, pixels and answers as ours."""
 
+import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,11 @@ import PIL.Image
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoProcessor
 
 from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint
+from megatron_mm1.checkpoint.safetensors_folder import SafetensorsFolder
+from megatron_mm1.checkpoint.transformers_export import data_settings
 from megatron_mm1.cli import main
 from megatron_mm1.config import MM1Config, ModelConfig
 from megatron_mm1.data.chat import Chat, ChatTemplate
@@ -52,12 +57,14 @@ A, B, C = (Image(encoded(size=size, seed=seed)) for seed, size in enumerate(((70
 ON_ITS_SIDE = PIL.Image.Exif()
 ON_ITS_SIDE[PIL.ExifTags.Base.Orientation] = 6
 TURNED = Image(encoded("JPEG", size=(90, 30), exif=ON_ITS_SIDE))
+TURNED_TIFF = Image(encoded("TIFF", size=(90, 30), exif=ON_ITS_SIDE))
 PROMPTS: list[Prompt] = [
     (Text("what is <|end|> of </s> <|user|>?"),),
     (A, Text("red square")),  # ends with a piece: pipelines look for the decoded prompt in all that is decoded
     (Text("a "), A, Text(" of "), B),
     (A, B, Text(" and "), C, Text("blue square in")),
     (TURNED, Text("the circle")),
+    (TURNED_TIFF, Text("the circle")),
 ]
 """The fourth has too many images to be cut dynamically."""
 
@@ -128,11 +135,13 @@ def test_the_cases_cut_images(cases: dict[str, Case]) -> None:
         name: [0 if pixels is None else len(pixels) for _, pixels in case.theirs["plain"]]
         for name, case in cases.items()
     }
-    assert tiles["overview and crops"] == [0, 5, 10, 15, 5]
-    assert tiles["whole"] == tiles["centre, no template"] == [0, 1, 2, 3, 1]
+    assert tiles["overview and crops"] == [0, 5, 10, 15, 5, 5]
+    assert tiles["whole"] == tiles["centre, no template"] == [0, 1, 2, 3, 1, 1]
     tiling = tiling_of(cases["dynamic, indicators"].config)
     first, second, turned = tiling.tiles_of([(40, 70), (30, 96), (90, 30)], 1).tolist()
-    assert tiles["dynamic, indicators"] == [0, first, first + second, 3, turned] and min(first, second, turned) > 3
+    assert (
+        tiles["dynamic, indicators"] == [0, first, first + second, 3, turned, turned] and min(first, second, turned) > 3
+    )
     assert tiling.grids([(90, 30)], 1).tolist() == [[4, 1]]  # 3 x 1 would do
 
 
@@ -157,7 +166,7 @@ def test_a_pipeline_says_the_answer(cases: dict[str, Case]) -> None:
     [
         ("dynamic, indicators", [], ("dynamic", 4, 6, True)),
         ("overview and crops", [], ("overview_and_crops", 1, 4, False)),
-        ("dynamic, indicators", ["--image_tiling", "none", "--tile_indicators", "false"], ("none", 4, 6, False)),
+        ("dynamic, indicators", ["--image_tiling", "none"], ("none", 4, 6, False)),
     ],
 )
 def test_imported_again_it_takes_images_and_text_as_before(
@@ -172,6 +181,51 @@ def test_imported_again_it_takes_images_and_text_as_before(
     assert data.tokenizer == str(case.folder / "tokenizer.model")
     assert metadata.tokenizer_fingerprint == case.tokenizer.fingerprint
     assert (data.image_tiling, data.min_image_tiles, data.max_image_tiles, data.tile_indicators) == tiling
+    assert (data.seq_length, data.max_images_per_sequence, data.text_only) == (512, 510 // 4, False)
+
+
+def test_saved_again_by_transformers_it_keeps_its_tiles(cases: dict[str, Case], tmp_path: Path) -> None:
+    """In a file where it has them all."""
+    case, again = cases["dynamic, indicators"], tmp_path / "again"
+    shutil.copytree(case.folder, again)
+    (again / "preprocessor_config.json").unlink()
+    AutoProcessor.from_pretrained(case.folder, trust_remote_code=True).save_pretrained(again)
+    assert not (again / "preprocessor_config.json").exists()
+    folder = SafetensorsFolder(again)
+    assert data_settings(folder, case.config.model) == {
+        **data_settings(SafetensorsFolder(case.folder), case.config.model),
+        "tokenizer": str(again / "tokenizer.model"),
+    }
+
+
+def test_a_folder_from_before_there_were_tiles_has_none(cases: dict[str, Case], tmp_path: Path) -> None:
+    case, old = cases["dynamic, indicators"], tmp_path / "old"
+    shutil.copytree(case.folder, old)
+    images = json.loads((old / "preprocessor_config.json").read_text())
+    kept = {name: value for name, value in images.items() if "til" not in name}
+    (old / "preprocessor_config.json").write_text(json.dumps(kept))
+    (old / "processor_config.json").write_text("{}")
+    settings = data_settings(SafetensorsFolder(old), case.config.model)
+    assert (settings["image_tiling"], settings["tile_indicators"], settings["text_only"]) == ("none", False, False)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        ({"image_tiling": "weird"}, [], "data.image_tiling"),
+        ({}, ["--max_images_per_sequence", "3"], "max_images_per_sequence is 3"),
+    ],
+)
+def test_settings_that_cannot_be_are_no_checkpoint(
+    cases: dict[str, Case], images: dict[str, Any], options: list[str], message: str, tmp_path: Path, capsys: Any
+) -> None:
+    folder, output = tmp_path / "folder", tmp_path / "back"
+    shutil.copytree(cases["dynamic, indicators"].folder, folder)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **images}))
+    arguments = ["--source", folder, "--output", output, "--preset", "mm1-tiny", *options]
+    assert main(["convert", "import", *map(str, arguments)]) != 0
+    assert message in capsys.readouterr().err and not output.exists()
 
 
 def test_a_conversation_can_be_read(cases: dict[str, Case]) -> None:

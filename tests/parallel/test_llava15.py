@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 import transformers
@@ -230,3 +231,14 @@ def test_transformers_loads_the_fine_tuned_model(work, tuned, plain):
         example = plain_example(processor, record, work.folder / "images")
         assert example.keys() == expected.keys()
         assert all(torch.equal(example[name], tensor) for name, tensor in expected.items())
+    picture = PIL.Image.open(next(iter((work.folder / "images").rglob("*.png"))))
+    question = [{"type": "image", "image": picture}, {"type": "text", "text": "what is red?"}]
+    asked = processor.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    said = [{"from": "human", "value": "<image>\nwhat is red?"}, {"from": "gpt", "value": "a"}]
+    name = str(Path(picture.filename).relative_to(work.folder / "images"))
+    whole = plain_example(processor, {"image": name, "conversations": said}, work.folder / "images")
+    ids = torch.as_tensor(asked["input_ids"]).flatten()
+    assert torch.equal(ids, whole["input_ids"][0, : len(ids)])
+    assert int((whole["labels"][0] != -100).nonzero()[0]) == len(ids)  # and there the answer begins

@@ -12,7 +12,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from megatron_mm1.checkpoint.image_processors import DEFAULTS, export_image_processor, import_image_processor
+from megatron_mm1.checkpoint.mm1_folder import MM1Checkpoint
 from megatron_mm1.checkpoint.weights import open_weights
+from megatron_mm1.cli import main
 from megatron_mm1.config.schema import DecoderConfig, ModelConfig, VisionConfig
 from megatron_mm1.data.images import ImageProcessor
 from megatron_mm1.data.images.geometry import Resize
@@ -107,12 +109,15 @@ def test_what_is_not_said_is_transformers_default(kind: str) -> None:
         ({"do_rescale": False}, "do_rescale false"),
         ({"do_normalize": False}, "do_normalize false"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor 0.0078"),
+        ({"image_mean": [0.5]}, r"image_mean \[0.5\]: images here have three channels"),
+        ({"image_std": "abc"}, "image_std abc: images here have three channels"),
+        ({"image_std": [1, 1, 0]}, r"image_std \[1, 1, 0\]: pixels are divided by it"),
     ],
 )
 def test_what_is_prepared_in_another_way_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         import_image_processor({**CROP, **change}, OTHERS)
-    assert "without preprocessor_config.json the weights are imported all the same" in str(caught.value)
+    assert "without preprocessor_config.json (or processor_config.json) the weights" in str(caught.value)
 
 
 def test_all_reasons_are_given_at_once() -> None:
@@ -143,7 +148,8 @@ def test_a_folder_says_it_in_one_of_two_files(
     for name, content in (("preprocessor_config.json", own), ("processor_config.json", whole)):
         if content is not None:
             (folder / name).write_text(json.dumps(content))
-    vision = open_weights(folder, base=BASE).model.vision
+    assert open_weights(folder, base=BASE).model.vision.image_resize == "squash"  # weights alone
+    vision = open_weights(folder, base=BASE, with_images=True).model.vision
     nested = whole is not None and "image_processor" in whole
     assert vision.image_resize == ("shorter_side_crop" if own or nested else "squash")
     assert vision.image_mean == (MEAN if nested else VisionConfig().image_mean)
@@ -164,4 +170,23 @@ def test_a_damaged_file_is_named(clip: Path, content: str, message: str, tmp_pat
         (folder / file.name).symlink_to(file)
     (folder / "preprocessor_config.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        open_weights(folder, base=BASE)
+        open_weights(folder, base=BASE, with_images=True)
+    open_weights(folder, base=BASE)
+
+
+def test_only_llavas_image_processor_pads_to_squares() -> None:
+    assert import_image_processor({**CROP, "do_pad": True}, OTHERS).image_resize == "shorter_side_crop"
+    llava = {**CROP, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    assert import_image_processor(llava, OTHERS).image_resize == "pad"
+
+
+def test_options_outrank_a_folders_image_processor(clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for file in clip.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "preprocessor_config.json").write_text(json.dumps({**CROP, "image_mean": MEAN}))
+    arguments = ["--source", folder, "--output", tmp_path / "out", "--preset", "mm1-tiny"]
+    assert main(["convert", "import", *map(str, arguments), "--model.vision.image_resize", "pad"]) == 0
+    vision = MM1Checkpoint(tmp_path / "out").metadata.mm1_config().model.vision
+    assert (vision.image_resize, vision.image_mean) == ("pad", MEAN)

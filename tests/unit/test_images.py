@@ -37,6 +37,7 @@ PICTURES = {
     "JPEG CMYK": encoded("JPEG", mode="CMYK"),
     "JPEG progressive": encoded("JPEG", progressive=True),
     **{f"JPEG turned {turn}": encoded("JPEG", exif=exif(turn)) for turn in (2, 3, 6, 8)},
+    "TIFF turned 6": encoded("TIFF", exif=exif(6)),
     "PNG": encoded("PNG"),
     "PNG alpha": encoded("PNG", mode="RGBA"),
     "PNG palette": encoded("PNG", mode="P"),
@@ -156,7 +157,9 @@ def test_check_names_the_reason(kind: str, reason: str) -> None:
         check_image(BAD[kind])
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "JPEG turned 3", "JPEG turned 6", "WebP animated, turned"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "GIF", "JPEG turned 3", "JPEG turned 6", "TIFF turned 6", "WebP animated, turned"]
+)
 def test_check_gives_height_and_width_of_the_upright_image(kind: str) -> None:
     width, height = by_pillow(PICTURES[kind]).size
     assert check_image(PICTURES[kind]) == (height, width)

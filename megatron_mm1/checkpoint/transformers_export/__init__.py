@@ -3,11 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from megatron_mm1.checkpoint.rules import export_plan, import_plan
-from megatron_mm1.checkpoint.safetensors_folder import IMAGE_PROCESSOR, PROCESSOR, read_json
+from megatron_mm1.checkpoint.safetensors_folder import IMAGE_PROCESSOR, PROCESSOR, SafetensorsFolder, read_json
 from megatron_mm1.checkpoint.tensors import Plan, TensorSource
 from megatron_mm1.checkpoint.transformers_export.configuration import (
     MODEL_TYPE,
@@ -17,7 +18,7 @@ from megatron_mm1.checkpoint.transformers_export.configuration import (
 )
 from megatron_mm1.checkpoint.transformers_export.correspondence import EMBEDDING, mm1_correspondence
 from megatron_mm1.checkpoint.transformers_export.tokenizer import tokenizer_files
-from megatron_mm1.config import MM1Config, ModelConfig
+from megatron_mm1.config import DataConfig, MM1Config, ModelConfig
 from megatron_mm1.config.derived import padded_vocab_size
 from megatron_mm1.data import tiling
 from megatron_mm1.data.chat import Chat
@@ -119,19 +120,22 @@ _TILING = ("image_tiling", "min_image_tiles", "max_image_tiles")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
-def data_settings(folder: Path) -> dict[str, Any]:
-    """Fields of `DataConfig` that an exported folder states: its tokenizer, and how images become tokens.
+def data_settings(folder: SafetensorsFolder, model: ModelConfig) -> dict[str, Any]:
+    """Fields of `DataConfig` that an exported folder states: its tokenizer, its length, and how images become tokens.
 
     Raises:
         UserError: a file of it is damaged.
     """
-    tokenizer = next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
+    tokenizer = next((folder.path / name for name in _TOKENIZERS if (folder.path / name).is_file()), None)
     settings: dict[str, Any] = {} if tokenizer is None else {"tokenizer": str(tokenizer)}
-    if (images := read_json(folder / IMAGE_PROCESSOR)) is not None:
-        settings |= {name: images[name] for name in _TILING if name in images}
-    if (processor := read_json(folder / PROCESSOR)) is not None:
-        settings |= {"tile_indicators": processor.get("tile_indicators", False)}
-        settings |= {"text_only": not processor.get("takes_images", True)}
+    length = int(folder.config["text_config"]["max_position_embeddings"])
+    most_images = max(0, (length - 2) // model.connector.tokens_per_image)
+    settings |= {"seq_length": length, "max_images_per_sequence": most_images}
+    images, processor = folder.image_processor or {}, read_json(folder.path / PROCESSOR) or {}
+    defaults = {field.name: field.default for field in fields(DataConfig)}  # of folders from before there were tiles
+    settings |= {name: images.get(name, defaults[name]) for name in _TILING}
+    settings["tile_indicators"] = processor.get("tile_indicators", False)
+    settings["text_only"] = not processor.get("takes_images", True)
     return settings
 
 
@@ -167,7 +171,7 @@ def _processor_files(config: MM1Config, tokenizer: Tokenizer) -> dict[str, str]:
         "image_token": tokenizer.symbol(tokenizer.image_id),
         "takes_images": not data.text_only,
         "tile_indicators": data.tile_indicators,
-        "control_symbols": dict(tokenizer.controls),
+        "control_symbols": {name: tokenizer.control_id(name) for name in tokenizer.controls},
     }
     return {
         IMAGE_PROCESSOR: json.dumps(images, indent=2),

@@ -98,6 +98,8 @@ def _pillow(image: Any) -> PIL.Image.Image:
 def _size(image: PIL.Image.Image) -> tuple[int, int]:
     """(height, width) of an image as it is shown, px."""
     is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    if image.format == "TIFF":  # Pillow has turned its size already
+        is_turned = False
     return image.size if is_turned else image.size[::-1]
 
 

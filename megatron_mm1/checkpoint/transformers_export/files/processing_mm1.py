@@ -1,6 +1,7 @@
 """MM1's processor: text with image placeholders, or conversations, and images -> the model's input."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,13 @@ class MM1Processor(ProcessorMixin):
             ValueError: there are not as many placeholders as images, or the model was trained without any.
         """
         prompts = [text] if isinstance(text, str) else list(text or [])
+        spelled = {name for name in self.control_symbols if name != self.image_token for one in prompts if name in one}
+        if self.chat_template is not None and spelled:
+            warnings.warn(
+                f"{', '.join(sorted(spelled))} in a prompt is ordinary text: for conversations use apply_chat_template "
+                "with tokenize=True, whose text without it is for reading only",
+                stacklevel=2,
+            )
         parts = [[self.tokenizer.bos_token_id, *_joined(prompt.split(self.image_token), IMAGE)] for prompt in prompts]
         return self._batch(parts, _flatten(images), padding=padding, return_tensors=return_tensors)
 
@@ -79,6 +87,7 @@ class MM1Processor(ProcessorMixin):
         tokenize: bool = False,
         return_dict: bool = True,
         return_tensors: str | None = "pt",
+        padding: bool = True,
         processor_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """The input of a conversation, or of several, as the model was trained on them.
@@ -88,9 +97,9 @@ class MM1Processor(ProcessorMixin):
                 {"type": "image", "image" (or "url", "path", "base64")}. No text becomes a control symbol or an image.
             chat_template: instead of the folder's.
             add_generation_prompt: up to where the assistant answers.
-            tokenize: False: text to read, with `<image>` for images.
+            tokenize: False: text to read, with `<image>` for images; a call would take its control symbols for text.
             return_dict: False: input_ids alone.
-            processor_kwargs: `padding` of a call.
+            padding, return_tensors: as of a call; processor_kwargs may have them too.
 
         Returns:
             What a call returns.
@@ -115,8 +124,8 @@ class MM1Processor(ProcessorMixin):
             texts = [text.replace(IMAGE, self.image_token).replace(ORDINARY, "") for text in rendered]
             return texts if is_batch else texts[0]
         parts = [list(self._parts(text)) for text in rendered]
-        options = {"padding": True, **(processor_kwargs or {})}
-        batch = self._batch(parts, images, return_tensors=return_tensors, **options)
+        options = {"padding": padding, "return_tensors": return_tensors, **(processor_kwargs or {})}
+        batch = self._batch(parts, images, **options)
         return batch if return_dict else batch["input_ids"]
 
     def _content(self, content: Any, images: list[Any]) -> str:
@@ -128,7 +137,10 @@ class MM1Processor(ProcessorMixin):
                     raise ValueError("a content has characters for private use that stand for something here")
                 text += self._symbols.sub(lambda symbol: symbol[0][0] + ORDINARY + symbol[0][1:], item["text"])
             elif item["type"] == "image":
-                images.append(load_image(next(item[key] for key in ("image", "url", "path", "base64") if key in item)))
+                image = next((item[key] for key in ("image", "url", "path", "base64") if key in item), None)
+                if image is None:
+                    raise ValueError("an image of a conversation is named there: by image, url, path or base64")
+                images.append(load_image(image) if isinstance(image, str) else image)
                 text += IMAGE
             else:
                 raise ValueError(f"a content of type {item['type']!r}: this model takes text and images")
