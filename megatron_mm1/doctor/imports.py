@@ -61,11 +61,10 @@ def _transformer_engine() -> dict[str, Any]:
 
 
 def _megatron_core() -> dict[str, Any]:
-    import megatron.core.models.gpt
+    import megatron.core.models.gpt  # noqa: F401  # what is used of it
 
     import megatron_mm1.parallel  # noqa: F401  # first: it readies the process
 
-    assert megatron.core.models.gpt
     return {"version": importlib.metadata.version("megatron-core")}  # its own adds the commit of where this runs
 
 
