@@ -55,7 +55,7 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
     if problems := model_problems(model):
         raise ConfigError(problems)
     of_images = [name for name in stated if name != "tokenizer"]
-    model, stated = _said(config_arguments, config, model, stated)
+    model, stated = _outranked(config_arguments, config, model, stated)
     if args.tokenizer is not None:
         stated["tokenizer"] = str(args.tokenizer)
     config = from_dict(to_dict(replace(config, data=replace(config.data, **stated))))
@@ -83,10 +83,10 @@ def import_main(args: Namespace, config_arguments: Sequence[str]) -> None:
     _write(args, plan, metadata)
 
 
-def _said(
+def _outranked(
     config_arguments: Sequence[str], config: MM1Config, model: ModelConfig, stated: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """What options say of images and data, in the place of what folders state."""
+    """`model` and what folders state of data, where options say nothing else of images and data."""
     _, said = parse_arguments(config_arguments)
     images = ("image_resize", "image_mean", "image_std")
     of_options = {name: getattr(config.model.vision, name) for name in images if f"model.vision.{name}" in said}

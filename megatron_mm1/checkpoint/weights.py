@@ -47,7 +47,7 @@ def open_weights(path: Path, *, base: ModelConfig, seq_length: int | None = None
     Args:
         base: the configuration of what is not there.
         seq_length: positions the decoder will see; None: as many as it was made for.
-        with_images: take over how a tower's images are prepared too, where the folder says it.
+        with_images: take over too what the folder says of how images are prepared, and the `data_settings`.
 
     Raises:
         UserError: it is none of them, unsafe, damaged, or no model that can be an MM1's, or its images cannot be

@@ -19,8 +19,9 @@ def caption_main(args: Namespace) -> None:
         UserError: a file is missing or no image, or the checkpoint cannot be used or was trained without images.
     """
     prompts = [(read_image(path),) for path in args.image]
-    options = {"sizes": ParallelSizes.of(args), "chat": Chat.of(args), "tokenizer": args.tokenizer}
-    with open_engine(args.checkpoint, **options) as engine:
+    with open_engine(
+        args.checkpoint, sizes=ParallelSizes.of(args), chat=Chat.of(args), tokenizer=args.tokenizer
+    ) as engine:
         if engine.config.data.text_only:
             raise UserError(f"{args.checkpoint} was trained with data.text_only, so it sees no images: use another")
         answers = engine.generate(

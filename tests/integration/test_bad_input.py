@@ -136,7 +136,8 @@ def test_another_schedule_is_refused(trained):
 
 def test_a_finished_run_does_nothing_more(trained):
     before = (trained / "log.jsonl").read_text()
-    assert mm1(*SMALL, "--run_dir", str(trained)).returncode == 0
+    result = mm1(*SMALL, "--run_dir", str(trained))
+    assert result.returncode == 0 and "nothing is left to train" in result.stdout
     assert (trained / "log.jsonl").read_text() == before
 
 

@@ -61,6 +61,7 @@ def test_transformers_prepares_images_by_what_is_exported(mode: Resize, tmp_path
         (CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE), "squash"),
         (SiglipImageProcessorPil(size=SQUARE), "squash"),
         (transformers.LlavaImageProcessor(size=SHORTER, crop_size=SQUARE, do_pad=True), "pad"),
+        (transformers.LlavaImageProcessor(size=SQUARE, crop_size=SQUARE, do_pad=True), "pad"),
         (transformers.LlavaImageProcessor(size=SHORTER, crop_size=SQUARE), "shorter_side_crop"),
     ],
 )
@@ -93,6 +94,9 @@ def test_what_is_not_said_is_transformers_default(kind: str) -> None:
     bare = {"image_processor_type": f"{kind}ImageProcessor"}
     vision = replace(OTHERS, image_size=224)
     assert import_image_processor(bare, vision) == import_image_processor(theirs, vision)
+    assert import_image_processor({**bare, "resample": None, "do_normalize": None}, vision).image_std == tuple(
+        theirs["image_std"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ _CODE = {
 }
 """What the folder carries to be loaded with trust_remote_code, by module: its own code, and two files of training's."""
 _IMPORTS = {"megatron_mm1.data.images.geometry": ".geometry_mm1", "megatron_mm1.data.tiling": ".tiling_mm1"}
+_TILING = ("image_tiling", "min_image_tiles", "max_image_tiles")
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 _PROCESSOR = "processing_mm1.MM1Processor"
 _IMAGE_PROCESSOR = "image_processing_mm1.MM1ImageProcessor"
 
@@ -116,10 +117,6 @@ def import_from_transformers(config: Mapping[str, Any], source: TensorSource) ->
     return model, import_plan(mm1_correspondence(model, vocab_rows=vocab_rows), source, what="an exported MM1")
 
 
-_TILING = ("image_tiling", "min_image_tiles", "max_image_tiles")
-_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-
-
 def data_settings(folder: SafetensorsFolder, model: ModelConfig) -> dict[str, Any]:
     """Fields of `DataConfig` that an exported folder states: its tokenizer, its length, and how images become tokens.
 
@@ -132,8 +129,7 @@ def data_settings(folder: SafetensorsFolder, model: ModelConfig) -> dict[str, An
     most_images = max(0, (length - 2) // model.connector.tokens_per_image)
     settings |= {"seq_length": length, "max_images_per_sequence": most_images}
     images, processor = folder.image_processor or {}, read_json(folder.path / PROCESSOR) or {}
-    defaults = {field.name: field.default for field in fields(DataConfig)}  # of folders from before there were tiles
-    settings |= {name: images.get(name, defaults[name]) for name in _TILING}
+    settings |= {name: images.get(name, getattr(DataConfig(), name)) for name in _TILING}  # old folders say nothing
     settings["tile_indicators"] = processor.get("tile_indicators", False)
     settings["text_only"] = not processor.get("takes_images", True)
     return settings
